@@ -1,0 +1,49 @@
+"""Masks on the latent grid. 1 = edit, 0 = keep, everywhere."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import adaptive_max_pool2d, interpolate, max_pool2d
+
+
+def as_frames(mask: Tensor, frames: int, name: str = "mask") -> Tensor:
+    """(H, W), (1, H, W) or (F, H, W) -> (F, H, W) for `frames` frames; anything else is an error."""
+    mask = mask.reshape(-1, *mask.shape[-2:])
+    if mask.shape[0] not in (1, frames):
+        raise ValueError(
+            f"{name}: it has {mask.shape[0]} frames, the clip has {frames}; connect one mask for the whole "
+            f"clip or exactly one a frame"
+        )
+    return mask.expand(frames, -1, -1)
+
+
+def dilate(mask: Tensor, radius: int) -> Tensor:
+    """Grow a mask (F, H, W) by `radius` of its own pixels in each direction (square neighbourhood)."""
+    if radius <= 0:
+        return mask
+    window = 2 * radius + 1
+    grown = max_pool2d(mask[:, None], (window, 1), stride=1, padding=(radius, 0))
+    return max_pool2d(grown, (1, window), stride=1, padding=(0, radius))[:, 0]
+
+
+def to_latent_grid(mask: Tensor, height: int, width: int) -> Tensor:
+    """Resample (F, H, W) in [0, 1] to (F, height, width): the maximum under each cell, so thin parts survive."""
+    if mask.shape[-2] >= height and mask.shape[-1] >= width:
+        return adaptive_max_pool2d(mask[:, None], (height, width))[:, 0]
+    return interpolate(mask[:, None], (height, width), mode="nearest-exact")[:, 0]
+
+
+def latent_mask(
+    mask: Tensor, frames: int, height: int, width: int, *, dilation: float = 0.0, cell: int = 8
+) -> Tensor:
+    """A mask of any size on the latent grid: (frames, height, width) in [0, 1].
+
+    dilation: growth in source pixels; cell: source pixels a latent cell. The growth happens at the mask's own
+    resolution, before pooling, so the result covers every pixel of the grown mask.
+    """
+    mask = as_frames(mask.float().clamp(0, 1), frames)
+    return to_latent_grid(dilate(mask, round(dilation * mask.shape[-2] / (height * cell))), height, width)
+
+
+def blend(source: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+    """Target where mask is 1, source where it is 0 (both bit-exact), linear between. mask broadcasts."""
+    return torch.lerp(source, target, mask.to(target))

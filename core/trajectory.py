@@ -1,0 +1,48 @@
+"""The latents of one inversion, by noise level."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .parametrization import NoiseSpace
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """z_t of the source clip for every sigma, and what made them.
+
+    sigmas: (S + 1,) falling to 0; latents: (S + 1, *latent), in the model's own scale, latents[k] at sigmas[k].
+    model and conditioning are the host's objects that the inversion used; core never looks inside.
+    """
+
+    latents: Tensor
+    sigmas: Tensor
+    space: NoiseSpace
+    model: Any
+    conditioning: Any
+
+    @property
+    def steps(self) -> int:
+        return len(self.sigmas) - 1
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one latent."""
+        return tuple(self.latents.shape[1:])
+
+    def offset_of(self, sigmas: Tensor) -> int:
+        """Index of the first of `sigmas` here; they must be a contiguous part of the trajectory's sigmas."""
+        own, given = self.sigmas.double().cpu(), sigmas.double().cpu()
+        for start in range(len(own) - len(given) + 1):
+            if torch.allclose(own[start : start + len(given)], given, rtol=1e-5, atol=1e-7):
+                return start
+        raise ValueError(
+            f"sigmas: {_summary(given)} are not a contiguous part of the trajectory's {_summary(own)}; connect the "
+            f"SIGMAS output of Invert Video, or a part of it (SplitSigmas)"
+        )
+
+
+def _summary(sigmas: Tensor) -> str:
+    return f"{len(sigmas)} values from {float(sigmas[0]):.4g} to {float(sigmas[-1]):.4g}"

@@ -1,0 +1,165 @@
+"""Look into, or replace, every attention call of a model run, whatever the family and the attention back end.
+
+The host routes its attention through one slot, `optimized_attention_override`. The tap chains itself into that slot
+and learns from module hooks, which live only while the model runs, which layer is calling.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from .families import Kind, Layer, attention_layers
+
+KEY = "spacetime_edit_tap"
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one batch row of a call belongs to: index and uuid of its prompt, and the frames it holds."""
+
+    prompt: int
+    uuid: object
+    frames: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """One attention call. query (B, H, N, D), key and value (B, H, M, D), logits are `scale` q k.
+
+    grid: (F, h, w) of the layer's tokens. Spatial and cross attention: B = prompts * F, N = h w; temporal:
+    B = prompts * h w, N = F. Rows are prompt-major.
+    """
+
+    layer: Layer
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    scale: float
+    grid: tuple[int, int, int]
+    run: "_Run" = field(repr=False)
+
+    @property
+    def kind(self) -> Kind:
+        return self.layer.kind
+
+    @cached_property
+    def rows(self) -> tuple[Row, ...]:
+        run, frames = self.run, self.run.frames
+        of_row = [tuple(frames)] * (self.grid[1] * self.grid[2])
+        if self.kind != "temporal":
+            of_row = [(f,) for f in frames]
+        return tuple(Row(p, u, f) for p, u in zip(run.prompts, run.uuids, strict=True) for f in of_row)
+
+    @property
+    def at_latent_resolution(self) -> bool:
+        """Whether the layer works on the latent's own grid, the finest there is."""
+        return self.grid[1:] == self.run.size
+
+
+Listener = Callable[[AttentionCall], Tensor | None]
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One call of the model: latent size, prompts in the batch, frames (their indices in the whole clip)."""
+
+    size: tuple[int, int]
+    prompts: tuple[int, ...]
+    uuids: tuple[object, ...]
+    frames: tuple[int, ...]
+
+
+class AttentionTap:
+    """Hands each attention call of a run to `listeners`; the first that returns an output (B, H, N, D) replaces it.
+
+    differentiable: route attention through PyTorch's own kernel, because fused kernels have no backward.
+    """
+
+    def __init__(self, model, listeners: Sequence[Listener], *, differentiable: bool = False):
+        self._layers = attention_layers(model)
+        self._listeners = tuple(listeners)
+        self._differentiable = differentiable
+        self._stack: list[Layer] = []
+        self._run: _Run | None = None
+
+    def install(self, model_options: dict) -> dict:
+        """A copy of `model_options` with the tap in it; overrides and wrappers of others stay in the chain."""
+        from comfy.model_patcher import create_model_options_clone
+        from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
+
+        options = create_model_options_clone(model_options)
+        inner = options.setdefault("transformer_options", {})
+        previous = inner.get("optimized_attention_override")
+        inner["optimized_attention_override"] = lambda func, *a, **k: self._attention(previous, func, *a, **k)
+        add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, self._track, options, is_model_options=True)
+        return options
+
+    def _track(self, executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **kw):
+        """APPLY_MODEL wrapper: keeps a stack of the attention modules that are running."""
+        options = transformer_options or {}
+        handles = []
+        modules = dict(executor.class_obj.diffusion_model.named_modules())
+        for path, layer in self._layers.items():
+            enter = lambda *_, layer=layer: self._stack.append(layer)  # noqa: E731
+            leave = lambda *_: (self._stack.pop(), None)[1]  # noqa: E731
+            handles.append(modules[path].register_forward_pre_hook(enter))
+            handles.append(modules[path].register_forward_hook(leave, always_call=True))
+        self._run = _describe_run(x, options)
+        try:
+            return executor(x, t, c_concat, c_crossattn, control, options, **kw)
+        finally:
+            self._run = None
+            self._stack.clear()
+            for handle in handles:
+                handle.remove()
+
+    def _attention(self, previous, func, *args, **kwargs):
+        if self._differentiable:
+            func = _differentiable_attention()
+        proceed = func if previous is None else lambda *a, **k: previous(func, *a, **k)
+        if self._run is None or not self._stack:
+            return proceed(*args, **kwargs)
+        call = self._describe(args, kwargs)
+        for listener in self._listeners:
+            output = listener(call)
+            if output is not None:
+                return output if kwargs.get("skip_output_reshape") else output.transpose(1, 2).flatten(2)
+        return proceed(*args, **kwargs)
+
+    def _describe(self, args: tuple, kwargs: dict) -> AttentionCall:
+        query, key, value = args[:3]
+        heads = args[3] if len(args) > 3 else kwargs["heads"]
+        if not kwargs.get("skip_reshape"):
+            query, key, value = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (query, key, value))
+        scale = kwargs.get("scale") or query.shape[-1] ** -0.5
+        layer = self._stack[-1]
+        return AttentionCall(layer, query, key, value, scale, _grid(layer.kind, query, self._run), self._run)
+
+
+def _describe_run(x: Tensor, options: dict) -> _Run:
+    prompts = tuple(options.get("cond_or_uncond", (0,)))
+    frames = x.shape[0] // len(prompts) if x.ndim == 4 else x.shape[2]
+    window = options.get("context_window")
+    indices = range(frames) if window is None else window.index_list
+    uuids = tuple(options.get("uuids", (None,) * len(prompts)))
+    return _Run(tuple(x.shape[-2:]), prompts, uuids, tuple(indices))
+
+
+def _grid(kind: Kind, query: Tensor, run: _Run) -> tuple[int, int, int]:
+    """(F, h, w): the latent's size halved, rounding up, until it holds as many tokens as the call has."""
+    tokens = query.shape[0] // len(run.prompts) if kind == "temporal" else query.shape[2]
+    height, width = run.size
+    while height * width > tokens:
+        height, width = (height + 1) // 2, (width + 1) // 2
+    if height * width != tokens:
+        raise ValueError(f"attention with {tokens} tokens does not fit a latent of {run.size[0]} x {run.size[1]}")
+    return len(run.frames), height, width
+
+
+def _differentiable_attention():
+    from comfy.ldm.modules.attention import attention_pytorch
+
+    return attention_pytorch

@@ -1,0 +1,120 @@
+"""What is peculiar to each model family, as a table. Adding a family is adding a row here.
+
+A row names the attention modules of the host's diffusion model by path. The first group of each pattern is the
+side of the network, the following groups number the layer within it. Layers get the names that U-Net packs use:
+d0, d1, ... down, m0 middle, u0, u1, ... up, counted over the layers that hold spatial attention.
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from ..core.parametrization import NoiseSpace
+
+Kind = Literal["spatial", "cross", "temporal"]
+
+
+@dataclass(frozen=True)
+class Family:
+    """One row: `attention` maps a kind of attention to the pattern of its modules' paths.
+
+    frames: where a latent keeps its frames, as the batch [F, C, h, w] or as time [1, C, F, h, w].
+    """
+
+    name: str
+    diffusion_model: str
+    attention: tuple[tuple[Kind, str], ...]
+    frames: Literal["batch", "time"]
+
+
+FAMILIES = (
+    Family(
+        name="UNet3D (Zeroscope, ModelScope)",
+        diffusion_model="SpacetimeUNet3D",
+        attention=(
+            ("spatial", r"(down|mid|up)_blocks?\.(?:(\d+)\.)?attentions\.(\d+)\.transformer_blocks\.(\d+)\.attn1"),
+            ("cross", r"(down|mid|up)_blocks?\.(?:(\d+)\.)?attentions\.(\d+)\.transformer_blocks\.(\d+)\.attn2"),
+            (
+                "temporal",
+                r"(down|mid|up)_blocks?\.(?:(\d+)\.)?temp_attentions\.(\d+)\.transformer_blocks\.(\d+)\.attn[12]",
+            ),
+            ("temporal", r"(transformer_in)\.transformer_blocks\.(\d+)\.attn[12]"),
+        ),
+        frames="batch",
+    ),
+    Family(
+        name="SD 1.5",
+        diffusion_model="UNetModel",
+        attention=(
+            ("spatial", r"(input|middle|output)_blocks?\.(?:(\d+)\.)?(\d+)\.transformer_blocks\.(\d+)\.attn1"),
+            ("cross", r"(input|middle|output)_blocks?\.(?:(\d+)\.)?(\d+)\.transformer_blocks\.(\d+)\.attn2"),
+        ),
+        frames="batch",
+    ),
+)
+
+SIDES = {"down": "d", "input": "d", "mid": "m", "middle": "m", "up": "u", "output": "u", "transformer_in": "i"}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One attention module: its path in the diffusion model, its kind, and the block (d0, m0, u3) it sits in."""
+
+    path: str
+    kind: Kind
+    block: str
+
+
+def family_of(model) -> Family:
+    """The row of a ModelPatcher's diffusion model; ValueError for a model that no row describes."""
+    name = type(model.model.diffusion_model).__name__
+    for family in FAMILIES:
+        if family.diffusion_model == name:
+            return family
+    known = ", ".join(f.name for f in FAMILIES)
+    raise ValueError(f"model: {name} is not a supported model family; expected one of: {known}")
+
+
+def attention_layers(model) -> dict[str, Layer]:
+    """All attention modules of a ModelPatcher by path, in the order of the network's modules."""
+    family = family_of(model)
+    found = []
+    for path, _ in model.model.diffusion_model.named_modules():
+        for kind, pattern in family.attention:
+            if match := re.fullmatch(pattern, path):
+                side, *numbers = match.groups()
+                found.append((path, kind, SIDES[side], tuple(int(n or 0) for n in numbers)))
+    places: dict[str, list] = {}
+    for place in sorted({(side, numbers) for _, _, side, numbers in found}):
+        places.setdefault(place[0], []).append(place[1])
+    return {p: Layer(p, kind, f"{side}{places[side].index(n)}") for p, kind, side, n in found}
+
+
+def select_blocks(selection: str, blocks: Iterable[str]) -> frozenset[str]:
+    """Block names of a list such as "d1-d2,m0,u0-u1"; ValueError naming what is unknown and what there is."""
+    known = set(blocks)
+    chosen = set()
+    for item in filter(None, (part.strip() for part in selection.split(","))):
+        match = re.fullmatch(r"([a-z])(\d+)(?:-\1?(\d+))?", item)
+        if not match:
+            raise ValueError(f"layers: {item!r} is not a block or a range of blocks; write for example d1-d2,m0,u0-u1")
+        side, first, last = match[1], int(match[2]), int(match[3] or match[2])
+        names = {f"{side}{n}" for n in range(first, last + 1)}
+        if not names or not names <= known:
+            missing = ", ".join(sorted(names - known)) or "an empty range"
+            raise ValueError(f"layers: {item!r} asks for {missing}; this model has {', '.join(sorted(known))}")
+        chosen |= names
+    return frozenset(chosen)
+
+
+def noise_space(model) -> NoiseSpace:
+    """The noise space of a ModelPatcher's sampling (patched by ModelSampling nodes or not)."""
+    from comfy import model_sampling
+
+    sampling = model.get_model_object("model_sampling")
+    if isinstance(sampling, model_sampling.CONST):
+        return NoiseSpace.RF
+    if isinstance(sampling, model_sampling.V_PREDICTION_DDPM):
+        return NoiseSpace.VP
+    return NoiseSpace.VE

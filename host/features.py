@@ -1,0 +1,41 @@
+"""Attention features for the STR score, collected while a model runs."""
+
+import torch
+
+from ..core.relevance import AttentionFeatures
+from .attention_tap import AttentionCall
+
+
+class FeatureRecorder:
+    """A listener that keeps what STR needs: spatial query and key, and the temporal map that follows on that grid.
+
+    blocks: block names to keep; None keeps every grid but the finest (spec A3). One prompt a run.
+    """
+
+    def __init__(self, blocks: frozenset[str] | None):
+        self._blocks = blocks
+        self._waiting: AttentionCall | None = None
+        self.features: dict[str, AttentionFeatures] = {}
+        self.unpaired: list[str] = []
+
+    def __call__(self, call: AttentionCall) -> None:
+        if call.kind == "spatial":
+            self._drop_waiting()
+            wanted = not call.at_latent_resolution if self._blocks is None else call.layer.block in self._blocks
+            self._waiting = call if wanted else None
+        elif call.kind == "temporal" and self._waiting is not None and call.grid == self._waiting.grid:
+            self._pair(self._waiting, call)
+
+    def _pair(self, spatial: AttentionCall, temporal: AttentionCall) -> None:
+        logits = temporal.query.float() @ temporal.key.float().mT * temporal.scale
+        maps = torch.softmax(logits, -1)
+        heads = spatial.query.shape[1]
+        if maps.shape[1] != heads:
+            maps = maps.mean(1, keepdim=True).expand(-1, heads, -1, -1)
+        self.features[spatial.layer.path] = AttentionFeatures(spatial.query, spatial.key, maps, spatial.scale)
+        self._waiting = None
+
+    def _drop_waiting(self) -> None:
+        if self._waiting is not None:
+            self.unpaired.append(self._waiting.layer.path)
+            self._waiting = None

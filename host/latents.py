@@ -1,0 +1,30 @@
+"""Latents as the host keeps them, seen as frames: [F, C, h, w] (U-Nets) or [1, C, F, h, w] (video DiTs)."""
+
+from torch import Tensor
+
+
+def frame_count(latent: Tensor) -> int:
+    """Latent frames of one clip."""
+    return latent.shape[0] if latent.ndim == 4 else latent.shape[2]
+
+
+def mask_like(mask: Tensor, latent: Tensor) -> Tensor:
+    """A mask (F, h, w) shaped to broadcast over a latent of either layout, on its device."""
+    return (mask[:, None] if latent.ndim == 4 else mask[None, None]).to(latent)
+
+
+def check_clip_latent(latent: Tensor, model) -> None:
+    """ValueError unless `latent` is one clip of at least 2 frames with the channels that `model` expects."""
+    channels = model.model.latent_format.latent_channels
+    if latent.ndim not in (4, 5) or latent.shape[1] != channels:
+        raise ValueError(
+            f"latent: its shape {tuple(latent.shape)} does not fit the model, which expects {channels} channels; "
+            f"encode the clip with the VAE that belongs to this model"
+        )
+    if latent.ndim == 5 and latent.shape[0] != 1:
+        raise ValueError(f"latent: it holds {latent.shape[0]} clips; expected one clip")
+    if frame_count(latent) < 2:
+        raise ValueError(
+            f"latent: it has {frame_count(latent)} frame; a video of at least 2 frames is needed (load the clip as an "
+            f"image batch, one image a frame)"
+        )
