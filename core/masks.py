@@ -32,9 +32,7 @@ def to_latent_grid(mask: Tensor, height: int, width: int) -> Tensor:
     return interpolate(mask[:, None], (height, width), mode="nearest-exact")[:, 0]
 
 
-def latent_mask(
-    mask: Tensor, frames: int, height: int, width: int, *, dilation: float = 0.0, cell: int = 8
-) -> Tensor:
+def latent_mask(mask: Tensor, frames: int, height: int, width: int, *, dilation: float = 0.0, cell: int = 8) -> Tensor:
     """A mask of any size on the latent grid: (frames, height, width) in [0, 1].
 
     dilation: growth in source pixels; cell: source pixels a latent cell. The growth happens at the mask's own

@@ -44,9 +44,7 @@ class AttentionFeatures:
         return self.query.shape[-1] ** -0.5 if self.scale is None else self.scale
 
     def detach(self) -> "AttentionFeatures":
-        return replace(
-            self, query=self.query.detach(), key=self.key.detach(), temporal=self.temporal.detach()
-        )
+        return replace(self, query=self.query.detach(), key=self.key.detach(), temporal=self.temporal.detach())
 
 
 def neighbours(frame: int, frames: int, radius: int) -> list[int]:
@@ -173,9 +171,7 @@ def _relevance_rows(maps: _Maps, i: int, block: slice, plan: _Plan, weight: Tens
         arriving = sum(maps.tau[i, j] * w for j, w in zip(near, seen, strict=True))  # (H, N)
         parts.append(spatial(i) * arriving[:, None, :])
         if plan.bidirectional:
-            parts += [
-                reverse(j) * maps.tau[j, i, :, block, None] * w for j, w in zip(near, seen, strict=True)
-            ]
+            parts += [reverse(j) * maps.tau[j, i, :, block, None] * w for j, w in zip(near, seen, strict=True)]
     if plan.paths != "spatial-temporal":
         parts += [maps.tau[i, j, :, block, None] * spatial(j) * w for j, w in zip(near, seen, strict=True)]
         if plan.bidirectional:
@@ -236,9 +232,7 @@ def _add_block_gradient(total, source, target, i, block, plan, weight, to_dot, t
     """Adds d loss / d (query, key, lse, tau) of the rows `block` of frame i to `total`."""
     omega_s = _relevance_rows(source, i, block, plan, weight)
     frames = [i, *neighbours(i, target.query.shape[0], plan.radius)]
-    local = _Maps(
-        target.query[frames], target.key[frames], target.lse[frames], target.tau[frames][:, frames]
-    ).leaves()
+    local = _Maps(target.query[frames], target.key[frames], target.lse[frames], target.tau[frames][:, frames]).leaves()
     near = replace(plan, radius=0)  # the gathered frames are exactly frame i and its neighbours
     seen = weight if weight is None else weight[frames]
     with torch.enable_grad():

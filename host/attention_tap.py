@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-import torch
 from torch import Tensor
 
 from .families import Kind, Layer, attention_layers
@@ -101,12 +100,13 @@ class AttentionTap:
         """APPLY_MODEL wrapper: keeps a stack of the attention modules that are running."""
         options = transformer_options or {}
         handles = []
-        modules = dict(executor.class_obj.diffusion_model.named_modules())
+        network = executor.class_obj.diffusion_model
         for path, layer in self._layers.items():
             enter = lambda *_, layer=layer: self._stack.append(layer)  # noqa: E731
             leave = lambda *_: (self._stack.pop(), None)[1]  # noqa: E731
-            handles.append(modules[path].register_forward_pre_hook(enter))
-            handles.append(modules[path].register_forward_hook(leave, always_call=True))
+            module = network.get_submodule(path)
+            handles.append(module.register_forward_pre_hook(enter))
+            handles.append(module.register_forward_hook(leave, always_call=True))
         self._run = _describe_run(x, options)
         try:
             return executor(x, t, c_concat, c_crossattn, control, options, **kw)

@@ -27,7 +27,8 @@ class FeatureRecorder:
             self._pair(self._waiting, call)
 
     def _pair(self, spatial: AttentionCall, temporal: AttentionCall) -> None:
-        logits = temporal.query.float() @ temporal.key.float().mT * temporal.scale
+        work = torch.promote_types(temporal.query.dtype, torch.float32)
+        logits = temporal.query.to(work) @ temporal.key.to(work).mT * temporal.scale
         maps = torch.softmax(logits, -1)
         heads = spatial.query.shape[1]
         if maps.shape[1] != heads:

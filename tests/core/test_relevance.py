@@ -48,9 +48,7 @@ def leaves(f):
 
 OPTIONS = [
     dict(paths=p, bidirectional=b, radius=r)
-    for p, b, r in itertools.product(
-        ("spatial-temporal", "temporal-spatial", "both"), (True, False), (0, 1, 2)
-    )
+    for p, b, r in itertools.product(("spatial-temporal", "temporal-spatial", "both"), (True, False), (0, 1, 2))
 ]
 
 
@@ -83,9 +81,7 @@ def test_score_by_the_letter():
     spatial = torch.softmax(f.query @ f.key.mT * f.logit_scale, -1)
     tau = lambda i, j, h, p: f.temporal[p, h, i, j]  # noqa: E731
     i, h, p, q = 1, 1, 4, 9
-    expected = sum(
-        spatial[i, h, p, q] * tau(i, j, h, q) + spatial[j, h, q, p] * tau(j, i, h, p) for j in (0, 2)
-    )
+    expected = sum(spatial[i, h, p, q] * tau(i, j, h, q) + spatial[j, h, q, p] * tau(j, i, h, p) for j in (0, 2))
     assert torch.isclose(str_score(spatial, f.temporal)[i, h, p, q], expected, rtol=1e-12)
 
 

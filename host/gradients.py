@@ -1,0 +1,199 @@
+"""Gradients of a loss with respect to the latent, through any natively loaded model, inside a sampler step.
+
+ComfyUI runs nodes under inference mode with weights that autograd must not save: they may be cast, patched, quantised
+or streamed from another device. So no weight enters the graph here: linear layers and convolutions fetch their weight
+again in the backward pass, as the host fetches it in the forward pass.
+"""
+
+import contextlib
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
+
+FUSED_KERNELS = (
+    *("apply_rope", "apply_rope1", "apply_rope_split_half", "apply_rope_split_half1", "rms_rope", "rms_rope1"),
+    *("rms_rope_split_half", "rms_rope_split_half1", "adaln", "rms_adaln"),
+)
+
+
+@contextlib.contextmanager
+def differentiable(base_model):
+    """Within, calls of `base_model` (the host's BaseModel) build a graph from their latent; restored on exit.
+
+    Leaves inference mode, trades fused kernels without a backward for plain ones, and keeps weights out of the graph.
+    """
+    import comfy.model_management as management
+
+    before = management.in_training
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        _plain_kernels(),
+        torch.autograd.graph.allow_mutation_on_saved_tensors(),
+        _weight_free_layers(base_model.diffusion_model),
+        _NormalTensors(),
+    ):
+        management.in_training = True
+        try:
+            yield
+        finally:
+            management.in_training = before
+
+
+def latent_gradient(
+    base_model,
+    latent: Tensor,
+    sigma: Tensor,
+    cond: dict,
+    loss: Callable[[Tensor], Tensor],
+    *,
+    model_options: dict,
+    loss_scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """d loss / d latent for one conditional prediction; returns (loss, gradient), both detached.
+
+    latent: as the sampler holds it; sigma: scalar; cond: one processed conditioning. `loss` gets the prediction of x0
+    and may use what listeners recorded on the way. `loss_scale` keeps half-precision gradients out of underflow and
+    is divided out.
+    """
+    import comfy.samplers
+
+    with differentiable(base_model):
+        x = latent.clone().requires_grad_()
+        sigmas = sigma.clone() * torch.ones(x.shape[0], device=x.device)
+        denoised = comfy.samplers.calc_cond_batch(base_model, [[_normal_cond(cond)]], x, sigmas, model_options)[0]
+        value = loss(denoised)
+        gradient = torch.autograd.grad(value * loss_scale, x)[0] / loss_scale
+    return value.detach(), gradient
+
+
+def normal_tensor(tensor: Tensor) -> Tensor:
+    """A copy that autograd may save, of a tensor made under inference mode."""
+    with torch.inference_mode(False):
+        return tensor.clone()
+
+
+def _normal_cond(cond: dict) -> dict:
+    """A copy of one processed conditioning with its tensors fit for autograd."""
+    copy = dict(cond)
+    copy["model_conds"] = {
+        key: value._copy_with(value.cond.clone()) if isinstance(getattr(value, "cond", None), Tensor) else value
+        for key, value in cond["model_conds"].items()
+    }
+    if isinstance(cond.get("mask"), Tensor):
+        copy["mask"] = cond["mask"].clone()
+    return copy
+
+
+class _NormalTensors(TorchFunctionMode):
+    """Clones tensors born under inference mode as they enter an operation that records a graph."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if torch.is_grad_enabled():
+            args, kwargs = tree_map(self._normal, args), tree_map(self._normal, kwargs)
+        return func(*args, **kwargs)
+
+    @staticmethod
+    def _normal(value):
+        is_plain = type(value) in (Tensor, torch.nn.Parameter)
+        return value.clone() if is_plain and value.is_inference() else value
+
+
+@contextlib.contextmanager
+def _weight_free_layers(network: torch.nn.Module):
+    """Linear layers and convolutions of `network` save no weight for their backward while this is open."""
+    before = {}
+    for module in network.modules():
+        if _is_linear(module) or _is_convolution(module):
+            before[module] = module.__dict__.get("forward")
+            module.forward = _weight_free(module)
+    try:
+        yield
+    finally:
+        for module, forward in before.items():
+            if forward is None:
+                del module.__dict__["forward"]
+            else:
+                module.forward = forward
+
+
+def _is_linear(module) -> bool:
+    """Also the host's quantised Linear, which is not an nn.Linear."""
+    return isinstance(module, torch.nn.Linear) or (type(module).__name__ == "Linear" and hasattr(module, "in_features"))
+
+
+def _is_convolution(module) -> bool:
+    kinds = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
+    return isinstance(module, kinds) and module.padding_mode == "zeros"
+
+
+def _weight_free(module):
+    original = module.forward
+
+    def forward(x, *args, **kwargs):
+        records = torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad
+        if args or kwargs or not records:
+            return original(x, *args, **kwargs)
+        return _WeightFree.apply(x, module, original)
+
+    return forward
+
+
+class _WeightFree(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, module, original):
+        ctx.module, ctx.shape = module, x.shape
+        y = original(x)
+        return y.clone() if y._is_view() else y
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _input_gradient(ctx.module, grad, ctx.shape), None, None
+
+
+@torch.no_grad()
+def _input_gradient(module, grad: Tensor, shape) -> Tensor:
+    """Gradient of a linear layer or convolution with respect to its input, with the weight as the host casts it."""
+    import comfy.ops
+    from comfy.quant_ops import QuantizedTensor
+
+    casts = hasattr(module, "weight_function")
+    weight, bias, stream = module.weight, module.bias, None
+    if casts:
+        weight, bias, stream = comfy.ops.cast_bias_weight(module, grad, offloadable=True)
+    plain = weight.dequantize() if isinstance(weight, QuantizedTensor) else weight
+    if _is_linear(module):
+        result = grad @ plain
+    else:
+        dims = len(module.stride)
+        function = {1: torch.nn.grad.conv1d_input, 2: torch.nn.grad.conv2d_input, 3: torch.nn.grad.conv3d_input}[dims]
+        result = function(shape, plain, grad, module.stride, module.padding, module.dilation, module.groups)
+    if casts:
+        comfy.ops.uncast_bias_weight(module, weight, bias, stream)
+    return result
+
+
+@contextlib.contextmanager
+def _plain_kernels():
+    """Trades the host's fused rope and norm kernels, which have no backward, for their plain PyTorch forms."""
+    try:
+        import comfy_kitchen
+        from comfy_kitchen.backends.eager import adaln, rope
+    except ImportError:
+        yield
+        return
+    before = {}
+    for name in FUSED_KERNELS:
+        plain = getattr(rope, name, None) or getattr(adaln, name, None)
+        if plain is not None and hasattr(comfy_kitchen, name):
+            before[name] = getattr(comfy_kitchen, name)
+            setattr(comfy_kitchen, name, plain)
+    try:
+        yield
+    finally:
+        for name, kernel in before.items():
+            setattr(comfy_kitchen, name, kernel)

@@ -1,0 +1,302 @@
+"""Folders in diffusers layout: which there are, what their JSON files say, and their weights.
+
+Nothing in a folder is trusted: class names come from a table, sizes are bounded, and tensor shapes are
+compared with the architecture before a weight is read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path, PurePosixPath
+
+import comfy.utils
+import folder_paths
+import safetensors
+import torch
+
+EMBEDDED = "embedded tiny model"
+EMBEDDED_PATH = Path(__file__).resolve().parents[2] / "assets" / "tiny_t2v"
+WHERE_TO_GET = (
+    "Download the folder damo-vilab/text-to-video-ms-1.7b or cerspense/zeroscope_v2_576w from the "
+    "Hugging Face hub into models/diffusers."
+)
+WEIGHT_FILES = tuple(
+    stem + variant
+    for variant in (".safetensors", ".fp16.safetensors", ".bin", ".fp16.bin")
+    for stem in ("diffusion_pytorch_model", "model", "pytorch_model")
+)
+CONFIG_FILES = {
+    "unet": "config.json",
+    "vae": "config.json",
+    "text_encoder": "config.json",
+    "scheduler": "scheduler_config.json",
+    "tokenizer": "tokenizer_config.json",
+}
+CLASSES = {
+    "unet": ("UNet3DConditionModel",),
+    "vae": ("AutoencoderKL",),
+    "text_encoder": ("CLIPTextModel",),
+    "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
+    "scheduler": (
+        "DDIMScheduler",
+        "DDPMScheduler",
+        "DPMSolverMultistepScheduler",
+        "DPMSolverSinglestepScheduler",
+        "EulerAncestralDiscreteScheduler",
+        "EulerDiscreteScheduler",
+        "PNDMScheduler",
+        "UniPCMultistepScheduler",
+    ),
+}
+SIZE_LIMITS = {
+    "unet": {
+        "attention_head_dim": 1024,
+        "block_out_channels": 8192,
+        "cross_attention_dim": 8192,
+        "in_channels": 64,
+        "layers_per_block": 8,
+        "norm_num_groups": 1024,
+        "out_channels": 64,
+    },
+    "vae": {
+        "block_out_channels": 8192,
+        "in_channels": 4,
+        "latent_channels": 64,
+        "layers_per_block": 8,
+        "norm_num_groups": 1024,
+        "out_channels": 4,
+    },
+    "text_encoder": {
+        "hidden_size": 8192,
+        "intermediate_size": 32768,
+        "max_position_embeddings": 4096,
+        "num_attention_heads": 256,
+        "num_hidden_layers": 64,
+        "vocab_size": 500_000,
+    },
+    "scheduler": {"num_train_timesteps": 100_000},
+}
+REQUIRED = {
+    "unet": ("block_out_channels", "cross_attention_dim", "down_block_types", "up_block_types"),
+    "vae": ("block_out_channels", "down_block_types", "up_block_types"),
+    "text_encoder": (*SIZE_LIMITS["text_encoder"], "hidden_act"),
+}
+BLOCK_TYPES = {
+    "unet": ("CrossAttnDownBlock3D", "DownBlock3D", "CrossAttnUpBlock3D", "UpBlock3D"),
+    "vae": ("DownEncoderBlock2D", "UpDecoderBlock2D"),
+}
+MAX_LEVELS = 8
+MAX_TEXT_FILE = 32 * 2**20
+
+
+class ModelFolderError(ValueError):
+    """A model folder lacks a file, or a file is not what it should be. The message names the file."""
+
+
+class ModelFolder:
+    """A diffusers folder that is complete, names known classes and sizes within bounds, in whole files.
+
+    path: the folder. Raises ModelFolderError naming the folder, the file and the offending entry.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path)
+        for part, name in CONFIG_FILES.items():
+            _check_config(self.file(part, name), part, self.config(part))
+        for part in ("unet", "vae", "text_encoder"):
+            _shapes(self.weights_file(part))
+
+    def file(self, *parts: str) -> Path:
+        """Path of a file that must exist."""
+        path = self.path.joinpath(*parts)
+        if not path.is_file():
+            raise ModelFolderError(f"model folder {self.path}: {'/'.join(parts)} is missing. {WHERE_TO_GET}")
+        return path
+
+    def config(self, part: str) -> dict:
+        """The JSON object that describes one part, a key of `CONFIG_FILES`."""
+        return read_json(self.file(part, CONFIG_FILES[part]))
+
+    def weights_file(self, part: str) -> Path:
+        """The weights of one part, safetensors before `.bin`."""
+        found = (self.path / part / name for name in WEIGHT_FILES)
+        path = next((candidate for candidate in found if candidate.is_file()), None)
+        if path is None:
+            raise ModelFolderError(
+                f"model folder {self.path}: {part} holds no weights (for example {part}/{WEIGHT_FILES[0]}). "
+                f"{WHERE_TO_GET}"
+            )
+        return path
+
+
+def list_folders() -> list[str]:
+    """Names, below the host's `models/diffusers` roots, of the folders that hold a UNet3DConditionModel."""
+    names = {
+        Path(root, name).relative_to(base).as_posix()
+        for base in folder_paths.get_folder_paths("diffusers")
+        for root, folders, _ in _walk(base)
+        for name in folders
+        if _is_unet3d(Path(root, name))
+    }
+    return sorted(names)
+
+
+def folder_path(name: str) -> Path:
+    """The folder that a widget's `name` stands for: `EMBEDDED`, or a path below a `models/diffusers` root.
+
+    Raises ModelFolderError for an absolute path, for `..`, and for a name that is in no root.
+    """
+    if name == EMBEDDED:
+        return EMBEDDED_PATH
+    relative = PurePosixPath(name.replace("\\", "/"))
+    if not relative.parts or relative.is_absolute() or ".." in relative.parts or ":" in name:
+        raise ModelFolderError(f"model name {name!r}: expected a folder below models/diffusers, without '..'")
+    candidates = [Path(base, *relative.parts) for base in folder_paths.get_folder_paths("diffusers")]
+    path = next((candidate for candidate in candidates if candidate.is_dir()), None)
+    if path is None:
+        raise ModelFolderError(f"model folder {name!r} is not in models/diffusers. {WHERE_TO_GET}")
+    return path
+
+
+def folder_stamp(path: Path) -> list[tuple[str, int, int]]:
+    """Name, size and modification time of the files a folder is loaded from: equal stamps, equal files."""
+    files = sorted(file for part in CONFIG_FILES for file in (path / part).glob("*") if file.is_file())
+    stats = [(file.relative_to(path).as_posix(), file.stat()) for file in files]
+    return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+
+
+def read_json(path: Path) -> dict:
+    """A JSON file that holds one object, at most 32 MiB."""
+    if path.stat().st_size > MAX_TEXT_FILE:
+        raise ModelFolderError(f"{path} is larger than {MAX_TEXT_FILE >> 20} MiB; expected a short JSON file")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ModelFolderError(f"{path} is not valid JSON: {error}. {WHERE_TO_GET}") from error
+    if not isinstance(data, dict):
+        raise ModelFolderError(f"{path}: expected a JSON object, found {type(data).__name__}")
+    return data
+
+
+def read_weights(
+    path: Path, expected: Mapping[str, torch.Size], rename: Callable[[str], str | None] = lambda key: key
+) -> dict[str, torch.Tensor]:
+    """The tensors of one file, after its keys and shapes have been compared with the architecture.
+
+    expected: key -> shape. rename: the file's key -> our key, or None to drop it.
+    Raises ModelFolderError naming the file and the first key that is missing, unknown or of another shape.
+    """
+    shapes = _shapes(path)
+    source = {rename(key): key for key in shapes if rename(key) is not None}
+    _compare(path, expected, {key: shapes[old] for key, old in source.items()})
+    state = comfy.utils.load_torch_file(str(path)) if path.suffix == ".safetensors" else _load_bin(path)
+    weights = {key: state[old] for key, old in source.items()}
+    for key, tensor in weights.items():
+        if not tensor.is_floating_point():
+            raise ModelFolderError(f"{path}: key {key!r} is {tensor.dtype}; expected floating point weights")
+    return weights
+
+
+def _walk(base: str) -> Iterator[tuple[str, list[str], list[str]]]:
+    """`os.walk` four levels deep that follows links and does not enter model folders."""
+    for root, folders, files in os.walk(base, followlinks=True):
+        yield root, folders, files
+        deep = len(Path(root).relative_to(base).parts) >= 3
+        folders[:] = [] if deep else [name for name in folders if not Path(root, name, "unet").is_dir()]
+
+
+def _is_unet3d(path: Path) -> bool:
+    config = path / "unet" / "config.json"
+    if not config.is_file():
+        return False
+    try:
+        return read_json(config).get("_class_name") in CLASSES["unet"]
+    except ModelFolderError:
+        return False
+
+
+def _class_name(part: str, config: dict) -> object:
+    if part == "tokenizer":
+        return config.get("tokenizer_class", "CLIPTokenizer")
+    if part == "text_encoder":
+        architectures = config.get("architectures")
+        return architectures[0] if isinstance(architectures, list) and architectures else None
+    return config.get("_class_name")
+
+
+def _check_config(path: Path, part: str, config: dict) -> None:
+    name = _class_name(part, config)
+    if name not in CLASSES[part]:
+        allowed = " or ".join(CLASSES[part])
+        raise ModelFolderError(f"{path} names the class {name!r}; this loader reads {allowed}. {WHERE_TO_GET}")
+    for key in REQUIRED.get(part, ()):
+        if config.get(key) is None:
+            raise ModelFolderError(f"{path}: entry {key!r} is missing. {WHERE_TO_GET}")
+    for key, limit in SIZE_LIMITS.get(part, {}).items():
+        _check_size(path, key, config.get(key), limit)
+    for key in ("down_block_types", "up_block_types") if part in BLOCK_TYPES else ():
+        _check_blocks(path, key, config[key], BLOCK_TYPES[part], len(config["block_out_channels"]))
+
+
+def _check_size(path: Path, key: str, value: object, limit: int) -> None:
+    """An int, a list of at most eight ints, or None for the class's default; each int in 1..limit."""
+    if value is None:
+        return
+    values = value if isinstance(value, list) else [value]
+    if key == "block_out_channels" and not isinstance(value, list):
+        raise ModelFolderError(f"{path}: {key} is {value!r}; expected a list")
+    fits = all(type(number) is int and 1 <= number <= limit for number in values)
+    if not fits or not 1 <= len(values) <= MAX_LEVELS:
+        raise ModelFolderError(f"{path}: {key} is {value!r}; expected whole numbers from 1 to {limit}")
+
+
+def _check_blocks(path: Path, key: str, value: object, allowed: tuple[str, ...], count: int) -> None:
+    if not isinstance(value, list) or len(value) != count:
+        raise ModelFolderError(f"{path}: {key} is {value!r}; expected {count} block names, one per block_out_channels")
+    for name in value:
+        if name not in allowed:
+            raise ModelFolderError(f"{path}: {key} names the block {name!r}; this loader reads {', '.join(allowed)}")
+
+
+def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Key -> shape, from the header only."""
+    if path.suffix != ".safetensors":
+        return {key: tuple(tensor.shape) for key, tensor in _load_bin(path).items()}
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (not a dict)
+    except safetensors.SafetensorError as error:
+        raise _unreadable(path, error) from error
+
+
+def _load_bin(path: Path) -> dict[str, torch.Tensor]:
+    """A `.bin` file, memory-mapped, tensors only."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise _unreadable(path, error) from error
+    if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
+        raise ModelFolderError(f"{path}: expected a dictionary of tensors. {WHERE_TO_GET}")
+    return state
+
+
+def _unreadable(path: Path, error: Exception) -> ModelFolderError:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return ModelFolderError(f"{path} is damaged or incomplete ({reason}). Download it again. {WHERE_TO_GET}")
+
+
+def _compare(path: Path, expected: Mapping[str, torch.Size], found: Mapping[str, tuple[int, ...]]) -> None:
+    for key, shape in expected.items():
+        if key not in found:
+            raise ModelFolderError(f"{path}: key {key!r} is missing; the file does not fit its config.json")
+        if tuple(shape) != tuple(found[key]):
+            raise ModelFolderError(
+                f"{path}: key {key!r} has shape {tuple(found[key])}; its config.json needs {tuple(shape)}"
+            )
+    for key in found:
+        if key not in expected:
+            raise ModelFolderError(f"{path}: key {key!r} is unknown; the file does not fit its config.json")

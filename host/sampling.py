@@ -1,0 +1,318 @@
+"""The one edit loop, its reverse (inversion), and what a step may ask of them.
+
+For every sigma: before-step functions on z, the guider's prediction, a DDIM step in the model's noise space, after-step
+functions on z. STR matching is a before-step function, latent blend an after-step function.
+"""
+
+import contextlib
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import comfy.model_management
+import comfy.sampler_helpers
+import comfy.samplers
+import torch
+from comfy.model_patcher import create_model_options_clone
+from comfy.patcher_extension import merge_nested_dicts
+from torch import Tensor
+
+from ..core.masks import blend, latent_mask
+from ..core.parametrization import (
+    NoiseSpace,
+    add_noise,
+    ddim_inversion_step,
+    ddim_step,
+    noise_fraction,
+)
+from ..core.trajectory import Trajectory
+from .families import noise_space
+from .latents import check_clip_latent, frame_count, mask_like
+
+log = logging.getLogger("spacetime_edit")
+
+SOURCE_RUN = "spacetime_edit_source"
+"""Key in transformer_options of runs that see the source clip; region patches are inactive there."""
+
+RF_SIGMA_MAX = 0.999
+"""At sigma 1 a rectified-flow latent holds no trace of the clip and cannot be inverted."""
+
+BlendSource = Literal["trajectory", "re-noised source"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of the edit loop: whose weights, whose options, whose conditioning (decision D2)."""
+
+    guider: object
+    trajectory: Trajectory
+    model_options: dict
+    source_conds: list[dict]
+    seed: int
+
+    @property
+    def base_model(self):
+        return self.guider.inner_model
+
+    @cached_property
+    def source_options(self) -> dict:
+        """Options of source passes: those of the model that was inverted."""
+        return _source_options(self.trajectory.model, self.model_options["transformer_options"]["sample_sigmas"])
+
+    @cached_property
+    def renoise(self) -> Tensor:
+        """One fixed noise for a re-noised source."""
+        generator = torch.Generator().manual_seed(self.seed)
+        return torch.randn(self.trajectory.shape, generator=generator)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a run, from sigma to sigma_next (scalars); source latents are in the sampler's own scale."""
+
+    run: Run
+    index: int
+    sigma: Tensor
+    sigma_next: Tensor
+    source: Tensor
+    source_next: Tensor
+
+    @property
+    def space(self) -> NoiseSpace:
+        return self.run.trajectory.space
+
+    @cached_property
+    def percent(self) -> float:
+        """Progress of denoising in [0, 1], as in Apply ControlNet."""
+        return 1 - noise_fraction(float(self.sigma), self.run.base_model.model_sampling.percent_to_sigma)
+
+
+StepFunction = Callable[[Tensor, Step], Tensor]
+
+
+class TrajectorySampler(comfy.samplers.Sampler):
+    """Samples from the latents of an inversion, whatever noise is connected (decision D1).
+
+    mask: (F, H, W), 1 = edit, any size; dilation in source pixels. Outside it the latent follows the source.
+    """
+
+    def __init__(
+        self,
+        trajectory: Trajectory,
+        *,
+        mask: Tensor | None = None,
+        dilation: float = 0.0,
+        blend_source: BlendSource = "trajectory",
+        before_step: Sequence[StepFunction] = (),
+    ):
+        self.trajectory = trajectory
+        self.before_step = tuple(before_step)
+        self.mask, self.dilation, self.blend_source = mask, dilation, blend_source
+        if mask is not None:
+            check_mask(mask, trajectory, dilation)
+
+    def sample(
+        self,
+        model_wrap,
+        sigmas,
+        extra_args,
+        callback,
+        noise,
+        latent_image=None,
+        denoise_mask=None,
+        disable_pbar=False,
+    ):
+        first = self._check(model_wrap, sigmas, noise, denoise_mask, extra_args["model_options"])
+        after_step = self._after_step(denoise_mask)
+
+        def source(k: int) -> Tensor:
+            return self.trajectory.latents[first + k].to(noise)
+
+        x, last = source(0), len(sigmas) - 1
+        with _prepared(model_wrap, self.trajectory, extra_args) as run:
+            for k in range(last):
+                comfy.model_management.throw_exception_if_processing_interrupted()
+                step = Step(run, k, sigmas[k], sigmas[k + 1], source(k), source(k + 1))
+                for function in self.before_step:
+                    x = function(x, step)
+                denoised = model_wrap(x, sigmas[k] * x.new_ones(x.shape[0]), **extra_args)
+                x = ddim_step(x, denoised, sigmas[k], sigmas[k + 1], self.trajectory.space)
+                for function in after_step:
+                    x = function(x, step)
+                if callback is not None:
+                    callback(k, denoised, x, last)
+        return model_wrap.inner_model.model_sampling.inverse_noise_scaling(sigmas[-1], x)
+
+    def _check(self, guider, sigmas, noise, denoise_mask, model_options) -> int:
+        """Index of the first sigma in the trajectory; ValueError for whatever does not belong to it."""
+        _check_guider(guider, self.trajectory)
+        if tuple(noise.shape) != self.trajectory.shape:
+            raise ValueError(
+                f"latent_image: its shape {tuple(noise.shape)} is not the trajectory's {self.trajectory.shape}; "
+                f"connect the latent that Invert Video received"
+            )
+        if denoise_mask is not None and self.mask is not None:
+            raise ValueError(
+                "mask: the latent already carries a noise mask; connect the mask here or set it on the latent, not both"
+            )
+        if "multigpu_clones" in model_options:
+            raise ValueError("model: editing runs on one GPU; remove the multi-GPU node from this model")
+        return self.trajectory.offset_of(sigmas)
+
+    def _after_step(self, denoise_mask: Tensor | None) -> list[StepFunction]:
+        mask = self.mask if denoise_mask is None else _frames_of(denoise_mask)
+        if mask is None:
+            return []
+        grid = grid_mask(mask, self.trajectory, self.dilation)
+        if grid.min() == 1:
+            log.warning("mask: it covers the whole clip, so it changes nothing")
+            return []
+        if grid.max() == 0:
+            log.warning("mask: it is empty, so nothing is edited and the source clip comes back")
+        return [LatentBlend(grid, self.blend_source)]
+
+
+class LatentBlend:
+    """After-step function: outside `mask` (F, h, w) the latent is the source's at the same noise level."""
+
+    def __init__(self, mask: Tensor, source: BlendSource):
+        self._mask, self._source = mask, source
+
+    def __call__(self, x: Tensor, step: Step) -> Tensor:
+        source = step.source_next
+        if self._source == "re-noised source":
+            clean = step.run.trajectory.latents[-1].to(x)
+            source = add_noise(clean, step.run.renoise.to(x), step.sigma_next, step.space)
+        return blend(source, x, mask_like(self._mask, x))
+
+
+class InversionSampler(comfy.samplers.Sampler):
+    """DDIM inversion of `latent_image` over rising sigmas; keeps every latent in `latents`, clean one first."""
+
+    def __init__(self, space: NoiseSpace, refinements: int):
+        self.space, self.refinements = space, refinements
+        self.latents: list[Tensor] = []
+
+    def sample(
+        self,
+        model_wrap,
+        sigmas,
+        extra_args,
+        callback,
+        noise,
+        latent_image=None,
+        denoise_mask=None,
+        disable_pbar=False,
+    ):
+        def denoise(x, sigma):
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            return model_wrap(x, sigma * x.new_ones(x.shape[0]), **extra_args)
+
+        extra_args["model_options"]["transformer_options"][SOURCE_RUN] = True
+        x, last = latent_image, len(sigmas) - 1
+        self.latents = [x]
+        for k in range(last):
+            x, denoised = ddim_inversion_step(x, denoise, sigmas[k], sigmas[k + 1], self.space, self.refinements)
+            self.latents.append(x)
+            if callback is not None:
+                callback(k, denoised, x, last)
+        return x
+
+
+def invert(model, positive, latent: Tensor, sigmas: Tensor, *, refinements: int = 1, callback=None) -> Trajectory:
+    """DDIM inversion of one clip at CFG 1 with the source conditioning.
+
+    latent: [F, C, h, w] or [1, C, F, h, w] as in the graph; sigmas: (S + 1,) falling to 0. Costs S (1 + refinements)
+    model calls and keeps S + 1 latents. ValueError for a latent that is not a clip of this model.
+    """
+    check_clip_latent(latent, model)
+    space = noise_space(model)
+    if space is NoiseSpace.RF:
+        sigmas = sigmas.clamp(max=RF_SIGMA_MAX)
+    guider = comfy.samplers.CFGGuider(model)
+    guider.inner_set_conds({"positive": positive})
+    guider.set_cfg(1.0)
+    sampler = InversionSampler(space, refinements)
+    guider.sample(torch.zeros_like(latent), latent, sampler, sigmas.flip(0), callback=callback, seed=0)
+    store = comfy.model_management.intermediate_device()
+    latents = torch.stack(sampler.latents[::-1]).to(store)
+    return Trajectory(latents, sigmas.cpu(), space, model, positive)
+
+
+def reconstruct(trajectory: Trajectory, callback=None) -> Tensor:
+    """The clean latent that sampling back at CFG 1 with the source conditioning gives, in the model's scale."""
+    guider = comfy.samplers.CFGGuider(trajectory.model)
+    guider.inner_set_conds({"positive": trajectory.conditioning})
+    empty = torch.zeros(trajectory.shape)
+    sampler = TrajectorySampler(trajectory)
+    samples = guider.sample(empty, empty, sampler, trajectory.sigmas, callback=callback, seed=0)
+    return trajectory.model.model.process_latent_in(samples).to(trajectory.latents)
+
+
+def check_mask(mask: Tensor, trajectory: Trajectory, dilation: float) -> None:
+    """ValueError unless `mask` has one frame or the trajectory's."""
+    grid_mask(mask, trajectory, dilation)
+
+
+def grid_mask(mask: Tensor, trajectory: Trajectory, dilation: float) -> Tensor:
+    """`mask` dilated by `dilation` source pixels, on the trajectory's latent grid: (F, h, w)."""
+    latent = trajectory.latents[-1]
+    cell = trajectory.model.model.latent_format.spacial_downscale_ratio
+    return latent_mask(mask, frame_count(latent), *latent.shape[-2:], dilation=dilation, cell=cell)
+
+
+def _frames_of(denoise_mask: Tensor) -> Tensor:
+    """The host's noise mask, shaped like the latent, as (F, h, w)."""
+    return denoise_mask[:, 0] if denoise_mask.ndim == 4 else denoise_mask[0, 0]
+
+
+def _check_guider(guider, trajectory: Trajectory) -> None:
+    name = type(guider).__name__
+    patcher = getattr(guider, "model_patcher", None)
+    if patcher is None or "positive" not in getattr(guider, "conds", {}):
+        raise ValueError(
+            f"guider: {name} has no model or no positive prompt that can be edited; use CFGGuider or one like it"
+        )
+    if not patcher.is_clone(trajectory.model):
+        raise ValueError(
+            f"guider: its model ({type(patcher.model).__name__}) is not the one that was inverted "
+            f"({type(trajectory.model.model).__name__}); connect the same loaded model to Invert Video and to {name}"
+        )
+
+
+def _source_options(model, sample_sigmas: Tensor) -> dict:
+    """The options of a ModelPatcher as the host would hand them to a sampler, marked as a run on the source."""
+    options = create_model_options_clone(model.model_options)
+    inner = options.setdefault("transformer_options", {})
+    for name in ("wrappers", "callbacks"):
+        inner[name] = merge_nested_dicts(inner.get(name, {}), getattr(model, name))
+    inner["sample_sigmas"] = sample_sigmas
+    inner[SOURCE_RUN] = True
+    return options
+
+
+@contextlib.contextmanager
+def _prepared(guider, trajectory: Trajectory, extra_args: dict):
+    """The run, with the source conditioning ready: encoded, its ControlNets loaded, all of it cleaned up after."""
+    device = guider.model_patcher.load_device
+    latent = trajectory.latents[-1].to(device)
+    conds = {"positive": comfy.sampler_helpers.convert_cond(trajectory.conditioning)}
+    models, memory = comfy.sampler_helpers.get_additional_models(conds, guider.model_patcher.model_dtype())
+    if models:
+        comfy.model_management.load_models_gpu([guider.model_patcher, *models], memory_required=memory)
+    try:
+        seed = extra_args.get("seed") or 0
+        noise = torch.zeros_like(latent)
+        conds = comfy.samplers.process_conds(guider.inner_model, noise, conds, device, latent, None, seed)
+        yield Run(guider, trajectory, extra_args["model_options"], conds["positive"], seed)
+    finally:
+        comfy.sampler_helpers.cleanup_models(conds, models)
+
+
+def reconstruction_db(trajectory: Trajectory, returned: Tensor) -> float:
+    """Power of the clean latent over that of the error, in dB."""
+    clean = trajectory.latents[-1].double()
+    error = (clean - returned.double()).square().mean().clamp_min(1e-20)
+    return float(10 * torch.log10(clean.square().mean() / error))

@@ -1,0 +1,48 @@
+"""Capture STR Score: choose what of the source clip's attention the edit must keep."""
+
+from comfy_api.latest import io
+
+from .types import SCORE_TYPE, TRAJECTORY_TYPE
+
+
+class CaptureSTRScore(io.ComfyNode):
+    """The spatio-temporal relevance score of STR-Match (arXiv 2506.22868)."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="STE_CaptureSTRScore",
+            display_name="Capture STR Score",
+            category="Spacetime Edit/STR-Match",
+            description="Chooses the attention layers whose spatio-temporal relevance (STR) ties the edit to the "
+            "source clip: which pixel is related to which, from frame to frame.",
+            search_aliases=["str-match", "spatio-temporal relevance", "attention score", "motion preservation"],
+            inputs=[
+                TRAJECTORY_TYPE.Input("trajectory", tooltip="The inverted source clip, from Invert Video."),
+                io.String.Input(
+                    "layers",
+                    default="",
+                    tooltip="Blocks to match, such as d1-d2,m0,u0-u1 (d = down, m = middle, u = up, counted over the "
+                    "blocks with attention). Empty: all but those at the finest resolution, which is the method's "
+                    "own choice.",
+                ),
+                io.Int.Input(
+                    "radius",
+                    default=1,
+                    min=0,
+                    max=64,
+                    advanced=True,
+                    tooltip="How many frames before and after a frame it is compared with. 0 compares all frames and "
+                    "takes longer.",
+                ),
+            ],
+            outputs=[
+                SCORE_TYPE.Output(display_name="STR score", tooltip="What to match, for the STR Latent Optimizer.")
+            ],
+        )
+
+    @classmethod
+    def execute(cls, trajectory, layers, radius) -> io.NodeOutput:
+        from ..host.relevance_matching import str_score_of
+
+        return io.NodeOutput(str_score_of(trajectory, layers, radius))

@@ -1,0 +1,54 @@
+"""Node: Load Example Clip."""
+
+from comfy_api.latest import io
+
+from ..host.loaders import example_clips
+
+
+class LoadExampleClip(io.ComfyNode):
+    """One of the pack's eight small clips with its masks and prompts."""
+
+    @classmethod
+    def define_schema(cls):
+        names = example_clips.clip_names()
+        return io.Schema(
+            node_id="STE_LoadExampleClip",
+            display_name="Load Example Clip",
+            category="Spacetime Edit/load",
+            description=(
+                "A small clip for trying out the pack: 8 frames of 64 x 64 pixels with one or two moving "
+                "shapes, a mask for each shape, the prompt that describes the clip and a prompt that "
+                "describes an edit of it. Made for the embedded tiny model, which understands these prompts."
+            ),
+            search_aliases=["demo clip", "sample video", "test clip", "shapes"],
+            inputs=[
+                io.Combo.Input(
+                    "clip",
+                    options=names,
+                    default=names[0],
+                    tooltip="Which clip. The text is the prompt that describes it.",
+                ),
+                io.Int.Input(
+                    "edit",
+                    default=1,
+                    min=1,
+                    max=3,
+                    tooltip="Which of the clip's three edit prompts to put out.",
+                ),
+            ],
+            outputs=[
+                io.Image.Output("images", tooltip="The frames, 8 images of 64 x 64 pixels."),
+                io.Mask.Output("mask_1", tooltip="Mask of the first (or left) shape in each frame. 1 = the shape."),
+                io.Mask.Output(
+                    "mask_2",
+                    tooltip="Mask of the second (right) shape in each frame. Empty if there is only one.",
+                ),
+                io.String.Output("source_prompt", tooltip="The prompt that describes the clip."),
+                io.String.Output("edit_prompt", tooltip="The prompt that describes the edited clip."),
+                io.Float.Output("fps", tooltip="Frames a second, for saving the video."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, clip, edit=1) -> io.NodeOutput:
+        return io.NodeOutput(*example_clips.load_clip(clip, edit))

@@ -1,0 +1,31 @@
+"""Sample from Trajectory: a sampler that starts where the inversion ended."""
+
+from comfy_api.latest import io
+
+from .types import TRAJECTORY_TYPE, mask_inputs
+
+
+class SampleFromTrajectory(io.ComfyNode):
+    """DDIM from an inverted latent, with latent blend outside a mask."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="STE_SampleFromTrajectory",
+            display_name="Sample from Trajectory",
+            category="Spacetime Edit/trajectory",
+            description="A sampler for SamplerCustomAdvanced that starts from the inverted clip, whatever noise is "
+            "connected. With a new prompt it is a prompt swap; with a mask the rest of the picture stays.",
+            search_aliases=["prompt swap", "ddim", "latent blend", "prompt to prompt", "inversion sampler"],
+            inputs=[
+                TRAJECTORY_TYPE.Input("trajectory", tooltip="The inverted clip, from Invert Video."),
+                *mask_inputs(),
+            ],
+            outputs=[io.Sampler.Output(display_name="sampler", tooltip="Connect it to SamplerCustomAdvanced.")],
+        )
+
+    @classmethod
+    def execute(cls, trajectory, dilation, blend, mask=None) -> io.NodeOutput:
+        from ..host.sampling import TrajectorySampler
+
+        return io.NodeOutput(TrajectorySampler(trajectory, mask=mask, dilation=dilation, blend_source=blend))

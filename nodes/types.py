@@ -1,0 +1,35 @@
+"""Socket types of the pack and the inputs that several nodes share."""
+
+from comfy_api.latest import io
+
+TRAJECTORY_TYPE = io.Custom("STE_TRAJECTORY")
+SCORE_TYPE = io.Custom("STE_SCORE")
+
+
+def mask_inputs() -> list:
+    """Mask, dilation and blend: the same three inputs on every node that edits from a trajectory."""
+    return [
+        io.Mask.Input(
+            "mask",
+            optional=True,
+            tooltip="Where to edit: 1 = edit, 0 = keep the source. One mask for the whole clip or one a frame, of any "
+            "size. Leave it open to edit the whole picture.",
+        ),
+        io.Float.Input(
+            "dilation",
+            default=16.0,
+            min=0.0,
+            max=512.0,
+            step=1.0,
+            tooltip="Grow the mask by this many pixels of the source clip before use. Grow more when the new object is "
+            "larger than the old one. Without a mask it has no effect.",
+        ),
+        io.Combo.Input(
+            "blend",
+            options=["trajectory", "re-noised source"],
+            default="trajectory",
+            advanced=True,
+            tooltip="What the kept area follows while sampling: the inverted source at the same noise level, or the "
+            "clean source with fixed fresh noise. Without a mask it has no effect.",
+        ),
+    ]

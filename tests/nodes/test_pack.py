@@ -1,0 +1,130 @@
+"""The pack as the host loads it: every node is described, helped, translated and shown in a template."""
+
+import asyncio
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+LANGUAGES = ("en", "zh")
+
+
+@pytest.fixture(scope="module")
+def schemas():
+    """Schema of each node of the pack by id, loaded by the host from its custom_nodes folder."""
+    import folder_paths
+    import nodes
+
+    folder = Path(folder_paths.base_path) / "custom_nodes" / "spacetime-edit"
+    assert folder.resolve() == ROOT, "the pack is not linked into this host: run `python dev.py setup`"
+    before = set(nodes.NODE_CLASS_MAPPINGS)
+    assert asyncio.run(nodes.load_custom_node(str(folder))), "the host could not load the pack: see the log"
+    new = {name: nodes.NODE_CLASS_MAPPINGS[name] for name in sorted(set(nodes.NODE_CLASS_MAPPINGS) - before)}
+    assert new
+    return {name: node.GET_SCHEMA() for name, node in new.items()}
+
+
+def inputs_of(schema):
+    """(path, input) of every input, with those that an option of a dynamic combo brings (`mode.strength`)."""
+
+    def walk(inputs, prefix):
+        for input in inputs:
+            path = prefix + input.id
+            yield path, input
+            for option in getattr(input, "options", None) or []:
+                yield from walk(getattr(option, "inputs", []), f"{path}.")
+
+    return list(walk(schema.inputs, ""))
+
+
+def shown(input):
+    return input.display_name or input.id
+
+
+def missing_by_node(schemas, check):
+    """{node id: what it lacks} for all nodes that lack something."""
+    return {name: lacks for name, schema in schemas.items() if (lacks := list(check(name, schema)))}
+
+
+def test_every_node_describes_itself(schemas):
+    def check(name, schema):
+        if not name.startswith("STE_"):
+            yield "id that starts with STE_"
+        if not schema.category.startswith("Spacetime Edit"):
+            yield "category Spacetime Edit/..."
+        for field in ("display_name", "description", "search_aliases"):
+            if not getattr(schema, field):
+                yield field
+
+    assert missing_by_node(schemas, check) == {}
+
+
+def test_every_input_and_output_has_a_tooltip(schemas):
+    def check(name, schema):
+        yield from (f"input {path}" for path, input in inputs_of(schema) if not input.tooltip)
+        for index, output in enumerate(schema.outputs):
+            if not (output.tooltip and output.display_name):
+                yield f"output {index}: {'name' if output.tooltip else 'tooltip'}"
+
+    assert missing_by_node(schemas, check) == {}
+
+
+def test_every_node_has_a_help_page_that_mentions_every_input_and_output(schemas):
+    def check(name, schema):
+        page = ROOT / "web" / "docs" / f"{name}.md"
+        if not page.is_file():
+            yield page.name
+            return
+        text = page.read_text(encoding="utf-8")
+        yield from (shown(input) for _, input in inputs_of(schema) if shown(input) not in text)
+        yield from (output.display_name for output in schema.outputs if output.display_name not in text)
+
+    assert missing_by_node(schemas, check) == {}
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_every_node_is_translated(schemas, language):
+    file = ROOT / "locales" / language / "nodeDefs.json"
+    definitions = json.loads(file.read_text(encoding="utf-8"))
+
+    def check(name, schema):
+        entry = definitions.get(name, {})
+        yield from (field for field in ("display_name", "description") if not entry.get(field))
+        for path, _ in inputs_of(schema):
+            words = entry.get("inputs", {}).get(path.replace(".", "_"), {})  # the frontend's key
+            yield from (f"inputs.{path}.{field}" for field in ("name", "tooltip") if not words.get(field))
+        for index in range(len(schema.outputs)):
+            words = entry.get("outputs", {}).get(str(index), {})
+            yield from (f"outputs.{index}.{field}" for field in ("name", "tooltip") if not words.get(field))
+
+    assert missing_by_node(schemas, check) == {}
+    assert set(definitions) == set(schemas), "translations of nodes that do not exist"
+
+
+def test_every_node_is_in_a_template(schemas):
+    from spacetime_edit.tools.templates import nodes_of, read, templates
+
+    used = {node["type"] for template in templates() for node in nodes_of(read(template))}
+    assert set(schemas) - used == set()
+
+
+def test_the_templates_folder_holds_templates_and_their_thumbnails_only():
+    """ComfyUI lists every JSON file there as a template."""
+    from spacetime_edit.tools.templates import WORKFLOWS
+
+    files = {path.name for path in WORKFLOWS.iterdir() if path.is_file()}
+    names = {Path(name).stem for name in files}
+    assert names, "workflows/ is empty"
+    assert files == {name + suffix for name in names for suffix in (".json", ".jpg")}
+
+
+def test_version_is_in_the_changelog_and_torch_is_not_a_dependency():
+    """A torch in the requirements would replace the user's own build."""
+    from comfy_config import config_parser
+
+    project = config_parser.extract_node_configuration(str(ROOT)).project
+    assert f"## [{project.version}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    requirements = (ROOT / "requirements.txt").read_text(encoding="utf-8").split()
+    assert requirements == project.dependencies
+    assert not [requirement for requirement in requirements if requirement.startswith("torch")]

@@ -1,0 +1,26 @@
+"""Write the API form of every template to workflows/api/, as ComfyUI's frontend makes it."""
+
+from __future__ import annotations
+
+import json
+
+from browser import Browser
+from pack import host_path
+from server import LiveServer
+from templates import api_path, read, templates
+
+
+def main() -> None:
+    with LiveServer(host_path()) as server, Browser() as browser:
+        browser.open_comfy(server.url)
+        for template in templates():
+            browser.load_graph(read(template))
+            path = api_path(template)
+            path.parent.mkdir(exist_ok=True)
+            text = json.dumps(browser.api_form(), indent=2, ensure_ascii=False)
+            path.write_text(text + "\n", encoding="utf-8")
+            print(path.relative_to(path.parents[2]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,190 @@
+"""Measure a clip of the shape world: what is in it, where it moves, and what an edit left alone.
+
+The instruments know the world's colours and shapes, never the true masks of the clip they look at. Source
+masks enter only as the reference of `trajectory_error_px` and as the border of `kept_region_psnr_db`.
+
+Shape letters: F frames, K objects. Clips are (F, 3, 64, 64) in [0, 1]. Two objects are looked for in one
+half of the image each (left, right), so an object that changes sides counts as wrong.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.ndimage import label
+from torch import Tensor
+from torch.nn.functional import avg_pool2d
+
+from ...core.masks import dilate
+from ...core.metrics import psnr_db
+from .world import BACKGROUNDS, COLOURS, SHAPES, SIZE, Description, pixel_grid, signed_distance
+
+MISSING_PX = 32.0
+"""Trajectory error of a frame in which the object is not found: half the image."""
+
+BORDER = 3
+BRIGHTNESS = torch.linspace(0.75, 1.0, 6)  # a background gradient darkens by up to a quarter
+MIN_AREA = 20  # px of a frame's object; the smallest object of the world has about 225
+MIN_COMPONENT = 25
+SCALES = torch.tensor([0.92, 1.0, 1.1])
+SHIFTS = torch.tensor([-1.5, 0.0, 1.5])
+
+PALETTE = torch.tensor(list(COLOURS.values()))
+BACKDROPS = torch.tensor(list(BACKGROUNDS.values()))[:, None] * BRIGHTNESS[:, None]  # (6 backgrounds, 6, RGB)
+
+
+@dataclass(frozen=True)
+class Sighting:
+    """One object as seen.
+
+    colour: None if no object was found; mask: (F, 64, 64) bool; centroids: (F, 2) px, NaN for frames without.
+    """
+
+    colour: str | None
+    mask: Tensor
+    centroids: Tensor
+
+
+def background_name(frames: Tensor) -> str:
+    """The background that most pixels of the image border are nearest to, over all frames."""
+    pixels = frames.movedim(1, -1)
+    inner = torch.zeros(frames.shape[-2:], dtype=torch.bool)
+    inner[BORDER:-BORDER, BORDER:-BORDER] = True
+    nearest = torch.cdist(pixels[:, ~inner].reshape(-1, 3), BACKDROPS.reshape(-1, 3)).argmin(1)
+    votes = (nearest // len(BRIGHTNESS)).bincount(minlength=len(BACKGROUNDS))
+    return list(BACKGROUNDS)[int(votes.argmax())]
+
+
+def segment(frames: Tensor, background: str) -> Tensor:
+    """(F, 64, 64): the index in `COLOURS` of each pixel's nearest colour, -1 where that is the background."""
+    candidates = torch.cat([PALETTE, BACKDROPS[list(BACKGROUNDS).index(background)]])
+    nearest = torch.cdist(frames.movedim(1, -1).reshape(-1, 3), candidates).argmin(1)
+    nearest[nearest >= len(PALETTE)] = -1
+    return nearest.view(len(frames), *frames.shape[-2:])
+
+
+def without_specks(mask: Tensor) -> Tensor:
+    """Majority of each 3 x 3 neighbourhood, within the mask (F, H, W) bool."""
+    return mask & (avg_pool2d(mask[:, None].float(), 3, 1, 1)[:, 0] > 0.5)
+
+
+def centroids(mask: Tensor) -> Tensor:
+    """Centres of mass (F, 2) as (x, y) px of masks (F, 64, 64), bool or weights; NaN for an empty frame."""
+    x, y = pixel_grid()
+    mask = mask.float()
+    return torch.stack([(mask * x).sum((1, 2)), (mask * y).sum((1, 2))], 1) / mask.sum((1, 2))[:, None]
+
+
+def _halves(objects: int) -> list[Tensor]:
+    """Where each object is looked for: the whole image, or its left and right half; (64, 64) bool."""
+    x, _ = pixel_grid()
+    return [torch.ones_like(x, dtype=torch.bool)] if objects == 1 else [x < SIZE / 2, x >= SIZE / 2]
+
+
+def _sight(labels: Tensor, region: Tensor) -> Sighting:
+    """The dominant colour of a region and all its pixels there: a second copy shifts the centroid."""
+    labels = torch.where(region, labels, -1)
+    seen = labels[without_specks(labels >= 0)]
+    if len(seen) < MIN_AREA * len(labels) / 2:
+        return Sighting(None, torch.zeros_like(labels, dtype=torch.bool), torch.full((len(labels), 2), torch.nan))
+    colour = int(seen.bincount(minlength=len(COLOURS)).argmax())
+    mask = without_specks(labels == colour)
+    mask = mask & (mask.sum((1, 2), keepdim=True) >= MIN_AREA)
+    return Sighting(list(COLOURS)[colour], mask, centroids(mask))
+
+
+def sightings(frames: Tensor, objects: int) -> list[Sighting]:
+    """What is seen of 1 object in the image, or of 2 objects in its left and right half."""
+    labels = segment(frames, background_name(frames))
+    return [_sight(labels, region) for region in _halves(objects)]
+
+
+def _unit_template(shape: str) -> tuple[float, float]:
+    """Area in px and vertical centroid offset in px of a shape of radius 10."""
+    x, y = pixel_grid()
+    inside = (signed_distance(shape, x - SIZE / 2, y - SIZE / 2, 10.0) < 0)[None]
+    return float(inside.sum()), float(centroids(inside)[0, 1]) - SIZE / 2
+
+
+TEMPLATES = {shape: _unit_template(shape) for shape in SHAPES}
+
+
+def template_overlap(mask: Tensor, shape: str) -> float:
+    """Best IoU of one frame's mask (64, 64) bool with a shape of about its size (10 %) and place (1.5 px)."""
+    area, offset = TEMPLATES[shape]
+    pixels = mask.nonzero() + 0.5  # (P, 2) as (y, x)
+    radius = 10 * (len(pixels) / area) ** 0.5 * SCALES[:, None, None, None]
+    y, x = (pixels - pixels.mean(0)).T
+    y = y - SHIFTS[:, None, None] + offset * radius / 10
+    inside = signed_distance(shape, x - SHIFTS[:, None], y, radius) < 0  # (scales, shifts, shifts, P)
+    intersection = inside.sum(-1)
+    union = area * (radius[..., 0] / 10) ** 2 + len(pixels) - intersection
+    return float((intersection / union).max())
+
+
+def shape_name(sighting: Sighting) -> str | None:
+    """The shape of the highest mean template IoU over the frames with the object; None if no frame has it."""
+    seen = [mask for mask in sighting.mask if mask.any()]
+    if not seen:
+        return None
+    return max(SHAPES, key=lambda shape: np.mean([template_overlap(mask, shape) for mask in seen]))
+
+
+def background_accuracy(frames: Tensor, target: Description) -> float:
+    """1 if the clip has the target's background, else 0."""
+    return float(background_name(frames) == target.background)
+
+
+def colour_accuracy(frames: Tensor, target: Description) -> float:
+    """Share of the target's objects whose place holds their colour, in [0, 1]."""
+    seen = sightings(frames, len(target.objects))
+    return float(np.mean([s.colour == o.colour for s, o in zip(seen, target.objects, strict=True)]))
+
+
+def shape_accuracy(frames: Tensor, target: Description) -> float:
+    """Share of the target's objects whose place holds their shape, in [0, 1]."""
+    seen = sightings(frames, len(target.objects))
+    return float(np.mean([shape_name(s) == o.shape for s, o in zip(seen, target.objects, strict=True)]))
+
+
+def trajectory_error_px(frames: Tensor, source_masks: Tensor) -> float:
+    """Distance between each object's centroid and its source mask's, mean over frames and objects, in px.
+
+    source_masks: (K, F, 64, 64) in [0, 1], K = 1 or 2 (left, right). A frame without the object counts as
+    32 px. The object is whatever has the dominant colour in its place, so a wrong colour is no trajectory
+    error, and a second copy of the same colour is one, by half the distance between the two.
+
+    Nothing is subtracted for a change of shape. The world places shapes by their centre, and a triangle's
+    centroid lies 0.14 radius below it (1.3 to 2.1 px): a perfect swap from or to a triangle scores that
+    much if the edit keeps the centre, and 0 if it keeps the centroid, and nothing says which is right.
+    Circle and square swap without an offset.
+    """
+    errors = [
+        torch.linalg.vector_norm(seen.centroids - centroids(mask), dim=1).nan_to_num(nan=MISSING_PX)
+        for seen, mask in zip(sightings(frames, len(source_masks)), source_masks, strict=True)
+    ]
+    return float(torch.stack(errors).mean())
+
+
+def kept_region(masks: Tensor, dilation_px: int = 6) -> Tensor:
+    """(F, 64, 64) in {0, 1}: outside the masks (K, F, 64, 64) grown by `dilation_px` in each direction."""
+    return 1 - dilate((masks.amax(0) > 0.02).float(), dilation_px)
+
+
+def kept_region_psnr_db(frames: Tensor, reference: Tensor, masks: Tensor, dilation_px: int = 6) -> float:
+    """PSNR in dB against `reference` outside the dilated masks (K, F, 64, 64); equal frames give 100 dB."""
+    return psnr_db(frames, reference, kept_region(masks, dilation_px)[:, None])
+
+
+def count(frames: Tensor) -> Tensor:
+    """Objects a frame, (F,) int: connected regions of at least 25 px, of any colour but the background's."""
+    masks = without_specks(segment(frames, background_name(frames)) >= 0)
+    areas = [np.bincount(label(mask.numpy())[0].ravel())[1:] for mask in masks]
+    return torch.tensor([int((area >= MIN_COMPONENT).sum()) for area in areas])
+
+
+def count_accuracy(frames: Tensor, objects: int) -> float:
+    """Share of frames that show exactly this number of objects, in [0, 1]."""
+    return float((count(frames) == objects).float().mean())

@@ -1,0 +1,244 @@
+"""Scenes of the shape world: sampling, captions, edits and anti-aliased rendering with exact masks.
+
+Lengths are pixels; x runs to the right, y downwards, the centre of the top left pixel is (0.5, 0.5).
+Shape letters: F frames, K objects.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise, product
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+SIZE = 64
+FRAMES = 8
+RGB = tuple[float, float, float]
+
+COLOURS: dict[str, RGB] = {
+    "red": (0.92, 0.10, 0.10),
+    "green": (0.08, 0.75, 0.15),
+    "blue": (0.12, 0.25, 0.98),
+    "yellow": (0.98, 0.90, 0.08),
+    "purple": (0.68, 0.12, 0.88),
+    "cyan": (0.08, 0.85, 0.92),
+}
+BACKGROUNDS: dict[str, RGB] = {
+    "gray": (0.50, 0.50, 0.50),
+    "white": (0.95, 0.95, 0.95),
+    "black": (0.05, 0.05, 0.05),
+    "brown": (0.45, 0.28, 0.14),
+    "pink": (0.98, 0.70, 0.76),
+    "navy": (0.05, 0.08, 0.38),
+}
+SHAPES = ("circle", "square", "triangle")
+EDIT_KINDS = ("colour", "shape", "background")
+
+MAX_TRAVEL = 24.0
+STILL_SHARE = 0.1
+GRADIENT_SHARE = 0.4
+TWO_OBJECT_SHARE = 0.45
+JITTER = 0.02
+EDGE_SHARPNESS = 2.5  # logistic edge: a mask falls from 0.92 to 0.08 within 2 px
+
+
+class Pair(NamedTuple):
+    """What a caption says of one object."""
+
+    colour: str
+    shape: str
+
+
+HELD_OUT = frozenset({Pair("purple", "triangle"), Pair("cyan", "square"), Pair("green", "circle")})
+"""Pairs that the embedded model never saw in training."""
+
+
+class Description(NamedTuple):
+    """What a caption says of a scene; two objects are given from left to right."""
+
+    background: str
+    objects: tuple[Pair, ...]
+
+
+@dataclass(frozen=True)
+class Object:
+    """A shape in motion. radius: size in px; centres: F points (x, y); jitter: added to its colour."""
+
+    colour: str
+    shape: str
+    radius: float
+    centres: tuple[tuple[float, float], ...]
+    jitter: RGB = (0.0, 0.0, 0.0)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One clip.
+
+    gradient: in [0, 1), how much darker the background's far side is; direction: 0 to 3, where that side lies
+    (right, bottom, left, top); jitter: added to the background's colour.
+    """
+
+    background: str
+    objects: tuple[Object, ...]
+    gradient: float = 0.0
+    direction: int = 0
+    jitter: RGB = (0.0, 0.0, 0.0)
+
+    @property
+    def description(self) -> Description:
+        """The scene's attributes, as its caption states them."""
+        return Description(self.background, tuple(Pair(o.colour, o.shape) for o in self.objects))
+
+
+def caption(scene: Scene | Description) -> str:
+    """The sentence that the embedded model was trained on for this scene of one or two objects."""
+    phrases = [f"a {o.colour} {o.shape}" for o in scene.objects]
+    if len(phrases) == 1:
+        return f"{phrases[0]} on a {scene.background} background"
+    left, right = phrases
+    return f"{left} on the left and {right} on the right, {scene.background} background"
+
+
+def parse_caption(text: str) -> Description:
+    """The inverse of `caption`. Raises ValueError for any other sentence."""
+    words = text.replace(",", " ").split()
+    pairs = tuple(Pair(*two) for two in pairwise(words) if two[0] in COLOURS and two[1] in SHAPES)
+    background = next((name for name, word in pairwise(words) if word == "background"), "")
+    description = Description(background, pairs)
+    if background not in BACKGROUNDS or len(pairs) not in (1, 2) or caption(description) != text:
+        raise ValueError(
+            f"not a shape-world caption: {text!r}; expected for example 'a red circle on a gray background'"
+        )
+    return description
+
+
+def pixel_grid() -> tuple[Tensor, Tensor]:
+    """x and y of the pixel centres, each (64, 64)."""
+    y, x = torch.meshgrid(torch.arange(SIZE) + 0.5, torch.arange(SIZE) + 0.5, indexing="ij")
+    return x, y
+
+
+def signed_distance(shape: str, x: Tensor, y: Tensor, radius: float | Tensor) -> Tensor:
+    """Distance in px to the outline of a shape centred at the origin, negative inside (exact along faces).
+
+    The shapes have about the same area at equal radius. Circle and square have their centroid at the
+    origin, the triangle (equilateral, apex up) 0.14 radius below it.
+    """
+    if shape == "circle":
+        return torch.hypot(x, y) - 0.95 * radius
+    if shape == "square":
+        return torch.maximum(x.abs(), y.abs()) - 0.84 * radius
+    if shape == "triangle":
+        y = y - 0.14 * radius
+        return torch.maximum(y, math.sqrt(0.75) * x.abs() - 0.5 * y) - 0.625 * radius
+    raise ValueError(f"unknown shape {shape!r}; expected one of {', '.join(SHAPES)}")
+
+
+def object_mask(obj: Object) -> Tensor:
+    """Anti-aliased coverage in [0, 1], (F, 64, 64)."""
+    x, y = pixel_grid()
+    centres = torch.tensor(obj.centres)[:, :, None, None]
+    return torch.sigmoid(-EDGE_SHARPNESS * signed_distance(obj.shape, x - centres[:, 0], y - centres[:, 1], obj.radius))
+
+
+def background_image(scene: Scene) -> Tensor:
+    """The scene without its objects, (3, 64, 64) in [0, 1]."""
+    x, y = pixel_grid()
+    ramp = (x, y, SIZE - x, SIZE - y)[scene.direction] / SIZE
+    colour = torch.tensor(BACKGROUNDS[scene.background]) + torch.tensor(scene.jitter)
+    return (colour[:, None, None] * (1 - scene.gradient * ramp)).clamp(0, 1)
+
+
+def render(scene: Scene) -> tuple[Tensor, Tensor]:
+    """Clip (F, 3, 64, 64) and object masks (K, F, 64, 64), both in [0, 1]; later objects lie in front."""
+    masks = torch.stack([object_mask(o) for o in scene.objects])
+    frames = background_image(scene).expand(masks.shape[1], -1, -1, -1)
+    for obj, mask in zip(scene.objects, masks, strict=True):
+        colour = (torch.tensor(COLOURS[obj.colour]) + torch.tensor(obj.jitter)).clamp(0, 1)
+        frames = torch.lerp(frames, colour[:, None, None].expand_as(frames), mask[:, None])
+    return frames, masks
+
+
+def _choose(generator: np.random.Generator, options: Iterable):
+    options = list(options)
+    return options[int(generator.integers(len(options)))]
+
+
+def _jitter(generator: np.random.Generator) -> RGB:
+    return tuple(generator.uniform(-JITTER, JITTER, 3).tolist())
+
+
+def _sample_pairs(generator: np.random.Generator, objects: int, held_out: bool) -> tuple[Pair, ...]:
+    """Uniform over the pairs that are (or are not) held out; two objects never share a colour."""
+    pairs = [Pair(*p) for p in product(COLOURS, SHAPES) if (Pair(*p) in HELD_OUT) == held_out]
+    first = _choose(generator, pairs)
+    if objects == 1:
+        return (first,)
+    return first, _choose(generator, (p for p in pairs if p.colour != first.colour))
+
+
+def _sample_motion(
+    generator: np.random.Generator, box: Sequence[float], radius: float, frames: int
+) -> tuple[tuple[float, float], ...]:
+    """A straight, even motion of at most 24 px in box (left, right, top, bottom); one in ten stands still."""
+    left, right, top, bottom = box
+    low = np.array([left + radius, top + radius])
+    high = np.maximum(low, [right - radius, bottom - radius])
+    start, end = generator.uniform(low, high), generator.uniform(low, high)
+    step = np.zeros(2) if generator.random() < STILL_SHARE else end - start
+    step *= min(1.0, MAX_TRAVEL / max(float(np.hypot(*step)), 1e-9))
+    path = start + np.linspace(0, 1, frames)[:, None] * step
+    return tuple((float(x), float(y)) for x, y in path)
+
+
+def sample_scene(
+    generator: np.random.Generator,
+    objects: int | None = None,
+    *,
+    held_out: bool = False,
+    frames: int = FRAMES,
+) -> Scene:
+    """A scene of the training distribution; the same generator state gives the same scene.
+
+    objects: 1 (radius 10 to 15 px), 2 (radius 9 to 12.3 px, each in its half), or None: 2 in 45 % of scenes.
+    held_out: draw only the pairs that the model never saw, instead of only those that it saw.
+    """
+    if objects is None:
+        objects = 2 if generator.random() < TWO_OBJECT_SHARE else 1
+    boxes = [(0, SIZE, 0, SIZE)] if objects == 1 else [(1, 31.5, 1, SIZE - 1), (32.5, SIZE - 1, 1, SIZE - 1)]
+    radii = (10, 15) if objects == 1 else (9, 12.3)
+    members = []
+    for pair, box in zip(_sample_pairs(generator, objects, held_out), boxes, strict=True):
+        radius = float(generator.uniform(*radii))
+        members.append(Object(*pair, radius, _sample_motion(generator, box, radius, frames), _jitter(generator)))
+    gradient = float(generator.uniform(0.1, 0.25)) if generator.random() < GRADIENT_SHARE else 0.0
+    direction = int(generator.integers(4))
+    return Scene(_choose(generator, BACKGROUNDS), tuple(members), gradient, direction, _jitter(generator))
+
+
+def sample_edit(scene: Scene, kind: str, generator: np.random.Generator, index: int = 0) -> Scene:
+    """The scene with one attribute changed; motion, sizes and jitter stay.
+
+    kind: "colour" or "shape" of object `index`, or "background". The new pair is never a held-out one, and
+    two objects keep different colours.
+    """
+    if kind == "background":
+        return replace(scene, background=_choose(generator, (b for b in BACKGROUNDS if b != scene.background)))
+    obj = scene.objects[index]
+    if kind == "colour":
+        taken = {o.colour for o in scene.objects}
+        options = [Pair(c, obj.shape) for c in COLOURS if c not in taken]
+    elif kind == "shape":
+        options = [Pair(obj.colour, s) for s in SHAPES if s != obj.shape]
+    else:
+        raise ValueError(f"unknown edit {kind!r}; expected one of {', '.join(EDIT_KINDS)}")
+    pair = _choose(generator, (p for p in options if p not in HELD_OUT))
+    objects = list(scene.objects)
+    objects[index] = replace(obj, colour=pair.colour, shape=pair.shape)
+    return replace(scene, objects=tuple(objects))
