@@ -61,6 +61,18 @@ class AttentionCall:
 Listener = Callable[[AttentionCall], Tensor | None]
 
 
+class EnoughSeen(Exception):
+    """Raised by a listener that needs no later layer; `until_enough_seen` ends the run there."""
+
+
+def until_enough_seen(predict: Callable[[], Tensor]) -> Tensor | None:
+    """The prediction of a model run, or None where a listener ended it early."""
+    try:
+        return predict()
+    except EnoughSeen:
+        return None
+
+
 @dataclass(frozen=True)
 class _Run:
     """One call of the model: latent size, prompts in the batch, frames (their indices in the whole clip)."""

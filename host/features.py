@@ -3,17 +3,18 @@
 import torch
 
 from ..core.relevance import AttentionFeatures
-from .attention_tap import AttentionCall
+from .attention_tap import AttentionCall, EnoughSeen
 
 
 class FeatureRecorder:
     """A listener that keeps what STR needs: spatial query and key, and the temporal map that follows on that grid.
 
-    blocks: block names to keep; None keeps every grid but the finest (spec A3). One prompt a run.
+    blocks: block names to keep; None keeps every grid but the finest, as the paper does. last: path of the layer after
+    which the run may end. One prompt a run.
     """
 
-    def __init__(self, blocks: frozenset[str] | None):
-        self._blocks = blocks
+    def __init__(self, blocks: frozenset[str] | None, last: str | None = None):
+        self._blocks, self._last = blocks, last
         self._waiting: AttentionCall | None = None
         self.features: dict[str, AttentionFeatures] = {}
         self.unpaired: list[str] = []
@@ -35,6 +36,8 @@ class FeatureRecorder:
             maps = maps.mean(1, keepdim=True).expand(-1, heads, -1, -1)
         self.features[spatial.layer.path] = AttentionFeatures(spatial.query, spatial.key, maps, spatial.scale)
         self._waiting = None
+        if spatial.layer.path == self._last:
+            raise EnoughSeen
 
     def _drop_waiting(self) -> None:
         if self._waiting is not None:

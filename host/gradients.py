@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
+from .attention_tap import until_enough_seen
+
 FUSED_KERNELS = (
     *("apply_rope", "apply_rope1", "apply_rope_split_half", "apply_rope_split_half1", "rms_rope", "rms_rope1"),
     *("rms_rope_split_half", "rms_rope_split_half1", "adaln", "rms_adaln"),
@@ -20,10 +22,11 @@ FUSED_KERNELS = (
 
 
 @contextlib.contextmanager
-def differentiable(base_model):
+def differentiable(base_model, *, mutates: bool = False):
     """Within, calls of `base_model` (the host's BaseModel) build a graph from their latent; restored on exit.
 
     Leaves inference mode, trades fused kernels without a backward for plain ones, and keeps weights out of the graph.
+    mutates: the family's blocks change their activations in place, so autograd must keep copies (slower).
     """
     import comfy.model_management as management
 
@@ -32,7 +35,7 @@ def differentiable(base_model):
         torch.inference_mode(False),
         torch.enable_grad(),
         _plain_kernels(),
-        torch.autograd.graph.allow_mutation_on_saved_tensors(),
+        torch.autograd.graph.allow_mutation_on_saved_tensors() if mutates else contextlib.nullcontext(),
         _weight_free_layers(base_model.diffusion_model),
         _NormalTensors(),
     ):
@@ -48,26 +51,31 @@ def latent_gradient(
     latent: Tensor,
     sigma: Tensor,
     cond: dict,
-    loss: Callable[[Tensor], Tensor],
+    loss: Callable[[Tensor | None], Tensor],
     *,
     model_options: dict,
     loss_scale: float = 1.0,
+    mutates: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """d loss / d latent for one conditional prediction; returns (loss, gradient), both detached.
 
     latent: as the sampler holds it; sigma: scalar; cond: one processed conditioning. `loss` gets the prediction of x0
-    and may use what listeners recorded on the way. `loss_scale` keeps half-precision gradients out of underflow and
-    is divided out.
+    (None where a listener ended the run early) and may use what listeners recorded. `loss_scale` keeps half-precision gradients out of underflow and
+    is divided out. mutates: see `differentiable`.
     """
-    import comfy.samplers
-
-    with differentiable(base_model):
+    with differentiable(base_model, mutates=mutates):
         x = latent.clone().requires_grad_()
         sigmas = sigma.clone() * torch.ones(x.shape[0], device=x.device)
-        denoised = comfy.samplers.calc_cond_batch(base_model, [[_normal_cond(cond)]], x, sigmas, model_options)[0]
-        value = loss(denoised)
+        value = loss(until_enough_seen(lambda: predict(base_model, x, sigmas, _normal_cond(cond), model_options)))
         gradient = torch.autograd.grad(value * loss_scale, x)[0] / loss_scale
     return value.detach(), gradient
+
+
+def predict(base_model, x: Tensor, sigmas: Tensor, cond: dict, model_options: dict) -> Tensor:
+    """The prediction of x0 for one processed conditioning; sigmas (B,)."""
+    import comfy.samplers
+
+    return comfy.samplers.calc_cond_batch(base_model, [[cond]], x, sigmas, model_options)[0]
 
 
 def normal_tensor(tensor: Tensor) -> Tensor:

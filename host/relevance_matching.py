@@ -4,17 +4,16 @@ import logging
 import math
 from dataclasses import dataclass
 
-import comfy.samplers
 import torch
 from torch import Tensor
 
 from ..core.guidance import StepRule, descend
 from ..core.relevance import AttentionFeatures, matching_loss
 from ..core.trajectory import Trajectory
-from .attention_tap import AttentionTap
+from .attention_tap import AttentionTap, until_enough_seen
 from .families import attention_layers, family_of, select_blocks
 from .features import FeatureRecorder
-from .gradients import latent_gradient, normal_tensor
+from .gradients import latent_gradient, normal_tensor, predict
 from .sampling import Step
 
 log = logging.getLogger("spacetime_edit")
@@ -70,11 +69,13 @@ class RelevanceMatching:
         self._score, self._strength = score, strength
         self._start, self._end = start, end
         self._iterations, self._rule = iterations, rule
+        self._last_layer: str | None = None  # known after the first step; the model's forward may end there
 
     def __call__(self, x: Tensor, step: Step) -> Tensor:
         if self._strength == 0 or not self._start <= step.percent <= self._end:
             return x
-        matcher = _Matcher(self._score, step)
+        matcher = _Matcher(self._score, step, self._last_layer)
+        self._last_layer = matcher.last_layer
         return descend(
             x,
             matcher.gradient,
@@ -88,12 +89,13 @@ class RelevanceMatching:
 class _Matcher:
     """The loss between the source at one noise level and a target latent there."""
 
-    def __init__(self, score: STRScore, step: Step):
+    def __init__(self, score: STRScore, step: Step, last_layer: str | None):
         self._score, self._step = score, step
-        self._source = self._source_features()
+        self._source = self._source_features(last_layer)
+        self.last_layer = next(reversed(self._source))
 
     def gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        run, recorder = self._step.run, FeatureRecorder(self._score.blocks)
+        run, recorder = self._step.run, FeatureRecorder(self._score.blocks, self.last_layer)
         tap = AttentionTap(run.guider.model_patcher, [recorder], differentiable=True)
         half = run.base_model.get_dtype_inference() == torch.float16
         loss, gradient = latent_gradient(
@@ -113,12 +115,13 @@ class _Matcher:
             )
         return loss, gradient
 
-    def _source_features(self) -> dict[str, AttentionFeatures]:
-        run, sigma, recorder = self._step.run, self._step.sigma, FeatureRecorder(self._score.blocks)
+    def _source_features(self, last_layer: str | None) -> dict[str, AttentionFeatures]:
+        run, sigma, recorder = self._step.run, self._step.sigma, FeatureRecorder(self._score.blocks, last_layer)
         options = AttentionTap(run.trajectory.model, [recorder]).install(run.source_options)
         cond = leading_cond(run.source_conds, sigma, "positive of Invert Video")
         z = self._step.source
-        comfy.samplers.calc_cond_batch(run.base_model, [[cond]], z, sigma * z.new_ones(z.shape[0]), options)
+        sigmas = sigma * z.new_ones(z.shape[0])
+        until_enough_seen(lambda: predict(run.base_model, z, sigmas, cond, options))
         if not recorder.features:
             raise ValueError("layers: none of the chosen blocks has a spatial and a temporal attention of one size")
         if self._step.index == 0 and recorder.unpaired:

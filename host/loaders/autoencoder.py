@@ -17,7 +17,7 @@ import comfy.sd
 import torch
 
 from .comfy_ops import load_weights, replace_layers, shapes
-from .diffusers_folder import ModelFolder, ModelFolderError, read_weights
+from .diffusers_folder import ModelFolder, ModelFolderError, read_json, read_weights
 
 STABLE_DIFFUSION = {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "latent_channels": 4}
 OLD_ATTENTION_KEYS = {
@@ -57,6 +57,10 @@ def latent_format(folder: ModelFolder) -> comfy.latent_formats.LatentFormat:
     result = comfy.latent_formats.SD15() if known else comfy.latent_formats.LatentFormat()
     result.scale_factor = config.get("scaling_factor", 0.18215)
     result.latent_channels, result.spacial_downscale_ratio = channels, ratio
+    preview = folder.path / "vae" / "latent_rgb.json"  # optional: how to preview latents of an unknown autoencoder
+    if not known and preview.is_file():
+        fit = read_json(preview)
+        result.latent_rgb_factors, result.latent_rgb_factors_bias = fit["factors"], fit["bias"]
     return result
 
 
