@@ -23,7 +23,7 @@ TINY_CLIP = "clip_00 - a red circle on a gray background"
 TINY_EDIT = 1  # red circle -> blue circle
 TINY_STEPS = 20
 TINY_CFG = 4.0
-TINY_LAMBDA = 0.02
+TINY_LAMBDA = 0.08
 TINY_DILATION = 4.0
 
 ZEROSCOPE = "zeroscope_v2_576w"
@@ -166,9 +166,9 @@ White in the mask = edit. **dilation** grows it by a few pixels, so that a large
 
 and press **R** to refresh. Then choose your clip, write what it shows and what it should show, and run.
 
-**Your clip**: at least {ZEROSCOPE_FRAMES} frames (2 to 3 seconds at 8 frames a second). The template takes the first \
-{ZEROSCOPE_FRAMES} and crops them to {ZEROSCOPE_SIZE[0]} x {ZEROSCOPE_SIZE[1]}, the size that this model was made \
-for. 24 frames are its best length, if your memory allows them.""",
+**Your clip**: at least {ZEROSCOPE_FRAMES} frames. The template takes the first {ZEROSCOPE_FRAMES} and crops them to \
+{ZEROSCOPE_SIZE[0]} x {ZEROSCOPE_SIZE[1]}, the size that this model was made for; more work too (it was made with \
+24). A clip of 24 or 30 frames a second moves little in so few: save it at 8 frames a second first.""",
 }
 
 TRY = {
@@ -184,6 +184,7 @@ less.
 - **end_percent** 0.5: match only in the first half, which is faster.""",
     "mask": """### Try
 - **dilation** 0 and 16: too tight cuts the new shape, too wide lets the background change.
+- **edit** 2 in *Load Example Clip*: a new shape. (Edit 3 changes the background, which this mask keeps.)
 - **mask_2** with a clip of two objects (04 to 07).
 - **lambda** 0: the mask alone.""",
     "zeroscope": """### Try
@@ -205,11 +206,12 @@ TEMPLATES = {
 # --- graphs -----------------------------------------------------------
 
 WIDTH = 300  # of a node, in pixels
-WIDTHS = {"STE_LoadExampleClip": 360, "SaveImage": 420, "SaveAnimatedWEBP": 560, "SaveVideo": 560}
-PREVIEWS = {"SaveImage": 300, "SaveAnimatedWEBP": 300, "SaveVideo": 330, "LoadVideo": 200}  # height below the widgets
+WIDTHS = {"STE_LoadExampleClip": 360, "SaveAnimatedWEBP": 480, "SaveVideo": 480}
+PREVIEWS = {"SaveImage": 300, "SaveAnimatedWEBP": 280, "SaveVideo": 300, "LoadVideo": 200}  # height below the widgets
 GAP = 40  # between nodes, and between groups
 TITLE = 30  # of a node, above its position; also of a group
 PADDING = 20  # of a group
+VIEW = {"scale": 0.65, "offset": [140, 140]}  # in which it opens: all fitted in would be too small to read
 GROUP_COLOR = "#3f789e"
 COLORS = {
     "green": {"color": "#232", "bgcolor": "#353"},
@@ -218,7 +220,7 @@ COLORS = {
 }
 HOLLOW = 7  # shape of an optional socket
 NOTE = "MarkdownNote"  # the frontend's own, without a definition on the server
-NOTE_SIZE = (420, 340)
+NOTE_SIZE = (480, 280)
 NOTE_DEFINITION = {
     "input": {"required": {"text": ["STRING", {"multiline": True}]}},
     "output": [],
@@ -281,7 +283,7 @@ class Node:
         sockets = max(len(self.inputs) - len(self.widgets), len(self.definition["output"]))
         rows = sum(4 if options.get("multiline") else 1 for options in self.widgets.values())
         rows += any(options.get("advanced") for options in self.widgets.values())  # the button that shows them
-        return WIDTHS.get(self.type, WIDTH), 10 + 20 * sockets + 26 * rows + PREVIEWS.get(self.type, 0)
+        return WIDTHS.get(self.type, WIDTH), 14 + 24 * sockets + 28 * rows + PREVIEWS.get(self.type, 0)
 
     def widgets_values(self) -> list:
         """Values in the order of the definition; a widget with a link has its default."""
@@ -309,6 +311,7 @@ class Graph:
         self.name = name
         self._definitions = definitions
         self._groups: list[tuple[str, list[list[Node]]]] = []
+        self._notes: list[Node] = []
 
     def group(self, title: str) -> None:
         self._groups.append((title, [[]]))
@@ -324,16 +327,21 @@ class Graph:
         self._groups[-1][1][-1].append(node)
         return node
 
+    def note(self, title: str, text: str) -> None:
+        """A note; notes stand in a row, below the first groups."""
+        self._notes.append(Node(len(self.nodes) + 1, NOTE, NOTE_DEFINITION, {"text": text}, title, "note"))
+
     @property
     def nodes(self) -> list[Node]:
-        return [node for _, columns in self._groups for column in columns for node in column]
+        return [node for _, columns in self._groups for column in columns for node in column] + self._notes
 
     def to_json(self) -> dict[str, Any]:
-        """The graph in UI format, version 0.4. The group without a title gets no box."""
+        """The graph in UI format, version 0.4."""
         boxes, left = [], 0
         for title, columns in self._groups:
             box, left = place(columns, left)
             boxes.append({"id": len(boxes) + 1, "title": title, "bounding": box, "color": GROUP_COLOR, "flags": {}})
+        place_row(self._notes, boxes)
         links = links_of(self.nodes)
         return {
             "id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"{PACK_NAME}/{self.name}")),
@@ -342,9 +350,9 @@ class Graph:
             "last_link_id": len(links),
             "nodes": [node_json(node, order, links) for order, node in enumerate(self.nodes)],
             "links": links,
-            "groups": [box for box in boxes if box["title"]],
+            "groups": boxes,
             "config": {},
-            "extra": {},
+            "extra": {"ds": VIEW},
             "version": 0.4,
         }
 
@@ -361,6 +369,15 @@ def place(columns: list[list[Node]], left: int) -> tuple[list[int], int]:
         x += max(node.size[0] for node in column) + GAP
     width = x - GAP + PADDING - left
     return [left, 0, width, bottom + PADDING], left + width + GAP
+
+
+def place_row(notes: list[Node], boxes: list[dict]) -> None:
+    """Place notes from left to right, below the boxes that they reach."""
+    step = NOTE_SIZE[0] + GAP
+    bounds = [box["bounding"] for box in boxes]
+    bottom = max(y + height for x, y, _, height in bounds if x < len(notes) * step)
+    for index, note in enumerate(notes):
+        note.position = (index * step, bottom + GAP + TITLE)
 
 
 def links_of(nodes: list[Node]) -> list[list]:
@@ -416,13 +433,12 @@ def node_json(node: Node, order: int, links: list[list]) -> dict[str, Any]:
 
 def main() -> None:
     with LiveServer(host_path()) as server:
-        definitions = {**server.get("/object_info"), NOTE: NOTE_DEFINITION}
+        definitions = server.get("/object_info")
     for name, (method, build) in TEMPLATES.items():
         graph = Graph(name, definitions)
-        graph.group("")
-        graph.add(NOTE, "About", "note", text=ABOUT[method])
-        graph.add(NOTE, "What to try", "note", text=TRY[method])
         build(graph)
+        graph.note("About", ABOUT[method])
+        graph.note("What to try", TRY[method])
         path = WORKFLOWS / f"{name}.json"
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(graph.to_json(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

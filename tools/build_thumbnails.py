@@ -1,0 +1,63 @@
+"""Write workflows/<name>.jpg for every template: left half source, right half edit.
+
+    python tools/build_thumbnails.py
+
+Runs the tiny templates on a live server; a thumbnail is the middle frame of the template's own `clip | edit` film. A
+template that needs a download gets the tiny result of STR-Match, grey, with the model's name on it.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from pack import host_path
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from server import LiveServer
+from templates import api_path, is_tiny, read, templates
+
+STAND_IN = "Swap an object - STR-Match (tiny)"
+SIZE = (512, 256)
+QUALITY = 85
+
+
+def film_of(server: LiveServer, template: Path) -> Path:
+    """Run a template; the animation that it saves."""
+    graph = read(api_path(template))
+    (saver,) = [node_id for node_id, node in graph.items() if node["class_type"] == "SaveAnimatedWEBP"]
+    entry = server.queue(graph)
+    (film,) = server.output_files({"outputs": {saver: entry["outputs"][saver]}})
+    return film
+
+
+def middle_frame(film: Path) -> Image.Image:
+    """The middle frame of an animation, RGB, in SIZE."""
+    with Image.open(film) as image:
+        image.seek(image.n_frames // 2)
+        return image.convert("RGB").resize(SIZE, Image.Resampling.BICUBIC)
+
+
+def labelled(picture: Image.Image, text: str) -> Image.Image:
+    """A grey, darker copy with text in its middle."""
+    picture = ImageOps.grayscale(picture).point(lambda value: value // 2).convert("RGB")
+    centre = (SIZE[0] // 2, SIZE[1] // 2)
+    ImageDraw.Draw(picture).text(centre, text, "white", ImageFont.load_default(56), anchor="mm")
+    return picture
+
+
+def main() -> None:
+    pictures = {}
+    with LiveServer(host_path()) as server:
+        for template in filter(is_tiny, templates()):
+            pictures[template] = middle_frame(film_of(server, template))
+    stand_in = next(picture for template, picture in pictures.items() if template.stem == STAND_IN)
+    for template in templates():
+        name_of_model = re.search(r"\((.+)\)$", template.stem)[1]
+        picture = pictures.get(template) or labelled(stand_in, name_of_model)
+        path = template.with_suffix(".jpg")
+        picture.save(path, quality=QUALITY, optimize=True)
+        print(path.name, path.stat().st_size, "bytes")
+
+
+if __name__ == "__main__":
+    main()
