@@ -19,18 +19,21 @@ Kind = Literal["spatial", "cross", "temporal"]
 class Family:
     """One row: `attention` maps a kind of attention to the pattern of its modules' paths.
 
-    frames: where a latent keeps its frames, as the batch [F, C, h, w] or as time [1, C, F, h, w].
+    base_model and diffusion_model are the class names of the host's model and of the network in it. mutates: blocks, or
+    common patches of them such as FreeU, change activations in place.
     """
 
     name: str
+    base_model: str
     diffusion_model: str
     attention: tuple[tuple[Kind, str], ...]
-    frames: Literal["batch", "time"]
+    mutates: bool
 
 
 FAMILIES = (
     Family(
         name="UNet3D (Zeroscope, ModelScope)",
+        base_model="UNet3DVideoModel",
         diffusion_model="SpacetimeUNet3D",
         attention=(
             ("spatial", r"(down|mid|up)_blocks?\.(?:(\d+)\.)?attentions\.(\d+)\.transformer_blocks\.(\d+)\.attn1"),
@@ -41,16 +44,17 @@ FAMILIES = (
             ),
             ("temporal", r"(transformer_in)\.transformer_blocks\.(\d+)\.attn[12]"),
         ),
-        frames="batch",
+        mutates=False,
     ),
     Family(
         name="SD 1.5",
+        base_model="BaseModel",
         diffusion_model="UNetModel",
         attention=(
             ("spatial", r"(input|middle|output)_blocks?\.(?:(\d+)\.)?(\d+)\.transformer_blocks\.(\d+)\.attn1"),
             ("cross", r"(input|middle|output)_blocks?\.(?:(\d+)\.)?(\d+)\.transformer_blocks\.(\d+)\.attn2"),
         ),
-        frames="batch",
+        mutates=True,
     ),
 )
 
@@ -68,12 +72,12 @@ class Layer:
 
 def family_of(model) -> Family:
     """The row of a ModelPatcher's diffusion model; ValueError for a model that no row describes."""
-    name = type(model.model.diffusion_model).__name__
+    names = type(model.model).__name__, type(model.model.diffusion_model).__name__
     for family in FAMILIES:
-        if family.diffusion_model == name:
+        if (family.base_model, family.diffusion_model) == names:
             return family
     known = ", ".join(f.name for f in FAMILIES)
-    raise ValueError(f"model: {name} is not a supported model family; expected one of: {known}")
+    raise ValueError(f"model: {names[0]} with {names[1]} is not a supported model family; expected one of: {known}")
 
 
 def attention_layers(model) -> dict[str, Layer]:

@@ -60,8 +60,8 @@ def latent_gradient(
     """d loss / d latent for one conditional prediction; returns (loss, gradient), both detached.
 
     latent: as the sampler holds it; sigma: scalar; cond: one processed conditioning. `loss` gets the prediction of x0
-    (None where a listener ended the run early) and may use what listeners recorded. `loss_scale` keeps half-precision gradients out of underflow and
-    is divided out. mutates: see `differentiable`.
+    (None where a listener ended the run early) and may use what listeners recorded. `loss_scale` keeps half-precision
+    gradients out of underflow and is divided out. mutates: see `differentiable`.
     """
     with differentiable(base_model, mutates=mutates):
         x = latent.clone().requires_grad_()

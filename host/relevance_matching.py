@@ -39,8 +39,8 @@ def str_score_of(trajectory: Trajectory, layers: str, radius: int) -> STRScore:
     found = attention_layers(trajectory.model).values()
     if not any(layer.kind == "temporal" for layer in found):
         raise ValueError(
-            f"trajectory: its model ({family_of(trajectory.model).name}) has no temporal attention, which the STR score "
-            f"is built from; load a text-to-video model such as Zeroscope"
+            f"trajectory: its model ({family_of(trajectory.model).name}) has no temporal attention, which the STR "
+            f"score is built from; load a text-to-video model such as Zeroscope"
         )
     blocks = {layer.block for layer in found if layer.kind == "spatial"}
     return STRScore(trajectory, select_blocks(layers, blocks) if layers.strip() else None, radius)
@@ -106,12 +106,13 @@ class _Matcher:
             lambda _: self._loss(recorder.features),
             model_options=tap.install(run.model_options),
             loss_scale=HALF_PRECISION_SCALE if half else 1.0,
+            mutates=family_of(run.guider.model_patcher).mutates,
         )
         if not torch.isfinite(gradient).all():
             raise ValueError(
                 f"STR matching: the gradient is not finite at step {self._step.index + 1} (sigma "
-                f"{float(self._step.sigma):.4g}, layer {_first_bad_layer(recorder.features)}); try the model in bf16 or "
-                f"fp32, or fewer layers"
+                f"{float(self._step.sigma):.4g}, layer {_first_bad_layer(recorder.features)}); try the model in bf16 "
+                f"or fp32, or fewer layers"
             )
         return loss, gradient
 
@@ -143,8 +144,8 @@ def leading_cond(conds: list[dict], sigma: Tensor, name: str) -> dict:
         if active and "area" not in cond:
             return cond
     raise ValueError(
-        f"{name}: no conditioning covers the whole frame at sigma {float(sigma):.4g}; STR matching needs one without an "
-        f"area whose timestep range covers the whole edit"
+        f"{name}: no conditioning covers the whole frame at sigma {float(sigma):.4g}; STR matching needs one without "
+        f"an area whose timestep range covers the whole edit"
     )
 
 

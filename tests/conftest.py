@@ -59,10 +59,10 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session")
 def threads() -> None:
-    """Tiny tensors gain nothing from many threads, and timings differ less with few."""
+    """Tiny tensors gain nothing from threads, which on a busy machine wait for each other."""
     import torch
 
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
