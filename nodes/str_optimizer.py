@@ -15,8 +15,8 @@ class STRLatentOptimizer(io.ComfyNode):
             display_name="STR Latent Optimizer",
             category="Spacetime Edit/STR-Match",
             description="A sampler for SamplerCustomAdvanced that edits the inverted clip with a new prompt. Before every "
-            "step it moves the latent so that its spatio-temporal relevance matches the source: shapes may change, motion "
-            "and background stay.",
+            "step it moves the latent so that its spatio-temporal relevance matches the source: shapes may change, while "
+            "motion and background stay.",
             search_aliases=["str-match", "str", "video editing", "latent optimization", "motion preservation"],
             inputs=[
                 SCORE_TYPE.Input("score", tooltip="What to match, from Capture STR Score."),

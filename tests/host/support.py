@@ -1,0 +1,156 @@
+"""What the host tests share: small models, one-step runs of the real sampler stack, and what a run must leave alone."""
+
+from __future__ import annotations
+
+import random
+
+import comfy.model_management as management
+import comfy.model_patcher
+import comfy.samplers
+import comfy.supported_models
+import nodes
+import torch
+from comfy.patcher_extension import WrappersMP
+from spacetime_edit.host.gradients import FUSED_KERNELS
+
+SOURCE_PROMPT = "a red circle on a gray background"
+EDIT_PROMPT = "a blue square on a gray background"
+SD15 = dict(
+    image_size=32,
+    in_channels=4,
+    out_channels=4,
+    model_channels=32,
+    num_res_blocks=[1, 1],
+    channel_mult=[1, 2],
+    num_heads=8,
+    use_spatial_transformer=True,
+    context_dim=16,
+    transformer_depth=[1, 1],
+    transformer_depth_output=[1, 1, 1, 1],
+    transformer_depth_middle=1,
+    use_linear_in_transformer=False,
+    adm_in_channels=None,
+    legacy=False,
+)
+
+
+def encode(tiny, prompt=SOURCE_PROMPT):
+    return nodes.CLIPTextEncode().encode(tiny.clip, prompt)[0]
+
+
+def sd15_model():
+    """A ModelPatcher with the host's UNetModel in SD 1.5's layout, 32 channels and random weights."""
+    config = comfy.supported_models.SD15(SD15)
+    config.set_inference_dtype(torch.float32, None)
+    model = config.get_model({}, "")
+    generator = torch.Generator().manual_seed(1)
+    for name, weight in model.diffusion_model.named_parameters():
+        is_scale = weight.ndim == 1 and name.endswith("weight")
+        weight.copy_(torch.ones_like(weight) if is_scale else 0.1 * torch.randn(weight.shape, generator=generator))
+    devices = management.get_torch_device(), management.unet_offload_device()
+    return comfy.model_patcher.CoreModelPatcher(model, *devices)
+
+
+def sd15_conditioning(seed=0, tokens=7):
+    return [[torch.randn(1, tokens, 16, generator=torch.Generator().manual_seed(seed)), {}]]
+
+
+def guider_of(model, positive, negative=None, cfg=1.0):
+    guider = comfy.samplers.CFGGuider(model)
+    guider.inner_set_conds({"positive": positive} if negative is None else {"positive": positive, "negative": negative})
+    guider.set_cfg(cfg)
+    return guider
+
+
+class AtOneSigma(comfy.samplers.Sampler):
+    """A sampler that calls `function(guider, x, sigma, extra_args)` once and keeps what it returns in `result`."""
+
+    def __init__(self, function):
+        self.function = function
+
+    def sample(self, model_wrap, sigmas, extra_args, callback, noise, *args, **kwargs):
+        self.result = self.function(model_wrap, noise, sigmas[0], extra_args)
+        return noise
+
+
+def at_one_sigma(guider, latent, function, sigma=2.0):
+    """What `function(guider, x, sigma, extra_args)` returns inside a real run of the host, at one noise level."""
+    sampler = AtOneSigma(function)
+    guider.sample(latent, torch.zeros_like(latent), sampler, torch.tensor([sigma, 0.0]), disable_pbar=True, seed=0)
+    return sampler.result
+
+
+def prediction(model, positive, latent, negative=None, cfg=2.0, sigma=2.0, options=None):
+    """The guider's prediction for `latent`; options: use these model options, not the model's."""
+
+    def predict(guider, x, sigma, extra_args):
+        given = extra_args if options is None else {**extra_args, "model_options": options}
+        return guider(x, sigma * x.new_ones(x.shape[0]), **given)
+
+    return at_one_sigma(guider_of(model, positive, negative, cfg), latent, predict, sigma)
+
+
+class CallCounter:
+    """A clone of a model that counts its calls; `on_call(count)` runs before each."""
+
+    def __init__(self, model, on_call=None):
+        self.calls, self.on_call = 0, on_call
+        self.model = model.clone()
+        self.model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "test_counter", self._count)
+
+    def _count(self, executor, *args, **kwargs):
+        self.calls += 1
+        if self.on_call is not None:
+            self.on_call(self.calls)
+        return executor(*args, **kwargs)
+
+
+class Untouched:
+    """What every run must leave as it was, weights included; `changed()` names what is not."""
+
+    def __init__(self, model):
+        self._model, self._before = model, self._look(model)
+
+    def changed(self) -> list[str]:
+        after = self._look(self._model)
+        return [name for name, value in self._before.items() if not same(value, after[name])]
+
+    @staticmethod
+    def _look(model):
+        import comfy_kitchen
+
+        network = model.model.diffusion_model
+        weights = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+        return {
+            "hooks": hook_count(network),
+            "instance forwards": [path for path, module in network.named_modules() if "forward" in vars(module)],
+            "identity of the weights": {name: id(weight) for name, weight in weights.items()},
+            "values of the weights": {name: weight.clone() for name, weight in weights.items()},
+            "kind of the weights": {n: (w.is_inference(), w.requires_grad, w.dtype) for n, w in weights.items()},
+            "in_training": management.in_training,
+            "interrupt flag": management.processing_interrupted(),
+            "kitchen functions": [getattr(comfy_kitchen, name, None) for name in FUSED_KERNELS],
+            "torch RNG": torch.get_rng_state(),
+            "python RNG": random.getstate(),
+            "autograd": (torch.is_inference_mode_enabled(), torch.is_grad_enabled()),
+            "model options": str(model.model_options),
+            "wrappers": {k: {key: len(v) for key, v in w.items()} for k, w in model.wrappers.items()},
+            "patches": model.patches_uuid,
+        }
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    return a == b
+
+
+def hook_count(network):
+    stores = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return sum(len(getattr(module, store)) for module in network.modules() for store in stores)
+
+
+def relative(a, b):
+    return float((a.double() - b.double()).norm() / b.double().norm())

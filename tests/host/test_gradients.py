@@ -1,0 +1,283 @@
+"""Gradients through the real ModelPatcher in a real sampler step, against finite differences."""
+
+import comfy.model_management as management
+import pytest
+import torch
+from spacetime_edit.core.relevance import matching_loss
+from spacetime_edit.host import relevance_matching
+from spacetime_edit.host.attention_tap import AttentionTap
+from spacetime_edit.host.features import FeatureRecorder
+from spacetime_edit.host.gradients import differentiable, latent_gradient, normal_tensor, predict
+from spacetime_edit.host.loaders.unet3d import EMBEDDED, load_folder
+from spacetime_edit.tests.host import support
+
+FRAMES, SIDE, SIGMA = 3, 8, 2.0
+
+
+@pytest.fixture(scope="module")
+def sd15():
+    with torch.inference_mode():
+        return support.sd15_model(), support.sd15_conditioning()
+
+
+@pytest.fixture(params=["tiny", "sd15"])
+def subject(request, tiny):
+    """(model, positive) of both families."""
+    return (tiny.model, support.encode(tiny)) if request.param == "tiny" else request.getfixturevalue("sd15")
+
+
+def clip(seed=0):
+    return 2 * torch.randn(FRAMES, 4, SIDE, SIDE, generator=torch.Generator().manual_seed(seed))
+
+
+def weights_of(output):
+    return torch.randn(output.shape, generator=torch.Generator().manual_seed(9))
+
+
+def output_loss(denoised):
+    """A smooth function of the prediction with a different weight for every element."""
+    return (torch.tanh(denoised) * weights_of(denoised)).double().mean()
+
+
+def in_a_step(model, positive, latent, function):
+    """function(gradient_of, predict_plainly, x) inside a sampler step; both take a latent."""
+
+    def run(guider, x, sigma, extra_args):
+        base, cond = guider.inner_model, guider.conds["positive"][0]
+
+        def gradient_of(latent, loss=output_loss, listeners=(), **options):
+            tap = AttentionTap(model, listeners, differentiable=True)
+            given = tap.install(extra_args["model_options"])
+            return latent_gradient(base, latent, sigma, cond, loss, model_options=given, **options)
+
+        def predict_plainly(latent, listeners=()):
+            given = AttentionTap(model, listeners).install(extra_args["model_options"])
+            return predict(base, latent, sigma * latent.new_ones(FRAMES), cond, given)
+
+        return function(gradient_of, predict_plainly, x)
+
+    return support.at_one_sigma(support.guider_of(model, positive), latent, run, SIGMA)
+
+
+def error_of(gradient, value_of, x, steps=(0.3, 0.1, 0.03, 0.01)):
+    """Smallest relative error of |gradient| against central differences along it, over several step sizes."""
+    along = gradient / gradient.norm()
+    slopes = [float(value_of(x + e * along) - value_of(x - e * along)) / (2 * e) for e in steps]
+    return min(abs(slope / float(gradient.norm()) - 1) for slope in slopes)
+
+
+class Matching:
+    """The STR matching loss between a source clip's features and those that `recorder` holds."""
+
+    def __init__(self, predict_plainly, source):
+        recorder = FeatureRecorder(None)
+        predict_plainly(source, [recorder])
+        self.source = {path: relevance_matching._normal(f) for path, f in recorder.features.items()}
+
+    def __call__(self, recorder):
+        losses = [matching_loss(given, recorder.features[path]) for path, given in self.source.items()]
+        return torch.stack(losses).mean()
+
+
+# the numbers
+
+
+def test_gradient_of_an_output_loss(subject):
+    def run(gradient_of, predict_plainly, x):
+        loss, gradient = gradient_of(x)
+        assert loss == pytest.approx(float(output_loss(predict_plainly(x))), rel=1e-4)
+        assert torch.isfinite(gradient).all() and gradient.shape == x.shape and gradient.norm() > 0
+        assert all(frame.norm() > 0 for frame in gradient)
+        return error_of(gradient, lambda z: output_loss(predict_plainly(z)), x)
+
+    assert in_a_step(*subject, clip(), run) <= 1e-3
+
+
+def test_gradient_of_the_matching_loss(tiny):
+    def run(gradient_of, predict_plainly, x):
+        matching = Matching(predict_plainly, clip(1))
+
+        def value_of(latent):
+            recorder = FeatureRecorder(None)
+            predict_plainly(latent, [recorder])
+            return matching(recorder)
+
+        recorder = FeatureRecorder(None, last=list(matching.source)[-1])
+        loss, gradient = gradient_of(x, lambda denoised: matching(recorder), [recorder])
+        assert loss == pytest.approx(float(value_of(x)), rel=1e-5)
+        assert -1 <= loss < -0.1
+        return error_of(gradient, value_of, x)
+
+    assert in_a_step(tiny.model, support.encode(tiny), clip(), run) <= 1e-3
+
+
+def test_gradient_of_every_element_is_right_not_only_along_itself(tiny):
+    """Directional derivatives in three random directions."""
+
+    def run(gradient_of, predict_plainly, x):
+        _, gradient = gradient_of(x)
+        errors = []
+        for seed in range(3):
+            along = clip(10 + seed)
+            along = along / along.norm()
+            value = lambda z: float(output_loss(predict_plainly(z)))  # noqa: E731
+            slope = (value(x + 0.1 * along) - value(x - 0.1 * along)) / 0.2
+            errors.append(abs(slope - float((gradient * along).sum())) / float(gradient.norm()))
+        return max(errors)
+
+    assert in_a_step(tiny.model, support.encode(tiny), clip(), run) <= 1e-3
+
+
+def test_loss_scale_is_divided_out(tiny):
+    def run(gradient_of, predict_plainly, x):
+        return gradient_of(x)[1], gradient_of(x, loss_scale=2.0**14)[1]
+
+    plain, scaled = in_a_step(tiny.model, support.encode(tiny), clip(), run)
+    assert support.relative(scaled, plain) < 1e-5
+
+
+def test_keeping_copies_for_mutating_blocks_gives_the_same_gradient(tiny):
+    def run(gradient_of, predict_plainly, x):
+        return gradient_of(x)[1], gradient_of(x, mutates=True)[1]
+
+    plain, copied = in_a_step(tiny.model, support.encode(tiny), clip(), run)
+    assert support.relative(copied, plain) < 1e-6
+
+
+def test_weights_stored_in_bf16_give_the_same_direction(tiny):
+    bf16 = load_folder(EMBEDDED, weight_dtype="bf16")[0]
+    assert bf16.model.get_dtype() == torch.bfloat16
+
+    def run(gradient_of, predict_plainly, x):
+        recorder = FeatureRecorder(None)
+        matching = Matching(predict_plainly, clip(1))
+        match = gradient_of(x, lambda denoised: matching(recorder), [recorder])[1]
+        return torch.stack([match, gradient_of(x)[1]]).flatten(1)
+
+    full, half = (in_a_step(model, support.encode(tiny), clip(), run) for model in (tiny.model, bf16))
+    assert torch.nn.functional.cosine_similarity(full, half, dim=1).min() > 0.99
+    assert not torch.equal(full, half)
+
+
+def test_a_lora_is_in_the_gradient(tiny):
+    """Finite differences of the patched model, whose gradient differs from the plain one's."""
+    model = with_lora(tiny.model)
+
+    def run(gradient_of, predict_plainly, x):
+        gradient = gradient_of(x)[1]
+        return gradient, error_of(gradient, lambda z: output_loss(predict_plainly(z)), x, (0.1, 0.03))
+
+    patched, error = in_a_step(model, support.encode(tiny), clip(), run)
+    plain = in_a_step(tiny.model, support.encode(tiny), clip(), lambda gradient_of, _, x: gradient_of(x)[1])
+    assert error <= 1e-3
+    assert support.relative(patched, plain) > 1e-2
+
+
+def with_lora(model):
+    """A clone with a random rank-2 change of the spatial attentions' query projections."""
+    clone, generator = model.clone(), torch.Generator().manual_seed(5)
+    patches = {}
+    for key, weight in model.model.state_dict().items():
+        if key.endswith("attn1.to_q.weight"):
+            down, up = (torch.randn(n, 2, generator=generator) for n in weight.shape)
+            patches[key] = ("diff", (0.05 * down @ up.T,))
+    assert clone.add_patches(patches)
+    return clone
+
+
+# what is left behind
+
+
+@pytest.mark.parametrize("mutates", [False, True])
+def test_nothing_is_left_behind(subject, mutates):
+    """Weights, their kind, hooks, forwards, kernels, flags and random numbers are as before, in and after the step."""
+    model, positive = subject
+
+    def run(gradient_of, predict_plainly, x):
+        expected, before = predict_plainly(x), support.Untouched(model)
+        gradient_of(x, mutates=mutates)
+        assert before.changed() == []
+        assert torch.equal(predict_plainly(x), expected)
+
+    before = support.Untouched(model)
+    in_a_step(model, positive, clip(), run)
+    assert before.changed() == []
+
+
+class Odd(BaseException):
+    """An error that is no `Exception`, as the host's interrupt is."""
+
+
+@pytest.mark.parametrize("error", [ValueError, Odd])
+@pytest.mark.parametrize("where", ["in the model", "in the loss", "in the backward pass"])
+def test_nothing_is_left_behind_by_an_exception(subject, where, error):
+    model, positive = subject
+
+    def fail_in_model(call):
+        if call.layer.block == "m0":
+            raise error
+
+    def fail_in_loss(denoised):
+        raise error
+
+    def fail_in_backward(denoised):
+        def fail(grad):
+            raise error
+
+        denoised.register_hook(fail)
+        return output_loss(denoised)
+
+    options = {
+        "in the model": dict(listeners=[fail_in_model]),
+        "in the loss": dict(loss=fail_in_loss),
+        "in the backward pass": dict(loss=fail_in_backward),
+    }[where]
+
+    def run(gradient_of, predict_plainly, x):
+        expected, before = predict_plainly(x), support.Untouched(model)
+        with pytest.raises(error):
+            gradient_of(x, **options)
+        assert before.changed() == []
+        assert torch.equal(predict_plainly(x), expected)
+
+    in_a_step(model, positive, clip(), run)
+
+
+def test_an_interrupt_stops_the_backward_pass(tiny):
+    """The user presses the button after the forward pass: no need to wait for the gradient of the whole network."""
+
+    def interrupted(denoised):
+        management.interrupt_current_processing()
+        return output_loss(denoised)
+
+    def run(gradient_of, predict_plainly, x):
+        before = support.Untouched(tiny.model)
+        try:
+            with pytest.raises(management.InterruptProcessingException):
+                gradient_of(x, interrupted)
+        finally:
+            management.interrupt_current_processing(False)
+        assert before.changed() == []
+
+    in_a_step(tiny.model, support.encode(tiny), clip(), run)
+
+
+def test_the_kitchen_functions_are_plain_inside():
+    """And back outside, also where somebody left by an exception."""
+    import comfy_kitchen
+    from comfy_kitchen.backends.eager import rope
+
+    class Base:
+        diffusion_model = torch.nn.Linear(2, 2)
+
+    fused = comfy_kitchen.apply_rope1
+    with pytest.raises(ZeroDivisionError), differentiable(Base):
+        assert comfy_kitchen.apply_rope1 is rope.apply_rope1
+        assert management.in_training and torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+        1 / 0  # noqa: B018
+    assert comfy_kitchen.apply_rope1 is fused and not management.in_training
+
+
+def test_normal_tensors_can_be_saved_for_backward():
+    born_here = torch.ones(3)
+    assert born_here.is_inference() and not normal_tensor(born_here).is_inference()
