@@ -1,6 +1,6 @@
 """Fits the linear map from the embedded model's latents to RGB that previews while sampling use.
 
-    python assets/fit_latent_rgb.py        writes assets/tiny_t2v/vae/latent_rgb.json
+python assets/fit_latent_rgb.py        writes assets/tiny_t2v/vae/latent_rgb.json
 """
 # ruff: noqa: E402 (the pack is loaded before it is imported)
 

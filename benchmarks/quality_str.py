@@ -15,7 +15,7 @@ import json
 import sys
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -50,11 +50,12 @@ COMPARED = {
 
 @dataclass(frozen=True)
 class Settings:
-    """strength: lambda of STR-Match for 50 steps; layers: its blocks; dilation of the mask in px."""
+    """strength: lambda of STR-Match for 50 steps; end: percent of denoising where it ends; dilation: px."""
 
     steps: int = 20
     cfg: float = 4.0
     strength: float = 0.08
+    end: float = 0.8
     layers: str = ""
     dilation: float = 4.0
 
@@ -138,7 +139,8 @@ class Editor:
             return comfy.samplers.sampler_object("ddim")
         if method == SWAP:
             return TrajectorySampler(trajectory)
-        matching = RelevanceMatching(str_score_of(trajectory, self.settings.layers, 1), self.settings.strength)
+        score = str_score_of(trajectory, self.settings.layers, 1)
+        matching = RelevanceMatching(score, self.settings.strength, end=self.settings.end)
         mask = case.edited_masks[0] if method == MATCH_MASK else None
         return TrajectorySampler(trajectory, mask=mask, dilation=self.settings.dilation, before_step=[matching])
 
@@ -274,6 +276,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=default.steps)
     parser.add_argument("--cfg", type=float, default=default.cfg)
     parser.add_argument("--strength", type=float, default=default.strength, help="lambda of STR-Match")
+    parser.add_argument("--end", type=float, default=default.end, help="percent of denoising where STR-Match ends")
     parser.add_argument("--layers", default=default.layers, help="blocks of STR-Match, empty: all but the finest")
     parser.add_argument("--objects", type=int, choices=(1, 2), help="only clips of this many objects")
     parser.add_argument("--dilation", type=float, default=default.dilation, help="of the true mask, in px")
@@ -283,7 +286,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     arguments = parse_arguments()
     torch.set_num_threads(1)  # so that two runs fit two cores, and timings compare
-    settings = Settings(arguments.steps, arguments.cfg, arguments.strength, arguments.layers, arguments.dilation)
+    settings = Settings(**{field.name: getattr(arguments, field.name) for field in fields(Settings)})
     counts = [arguments.objects] if arguments.objects else [1, 2]
     cases = [case for objects in counts for case in make_cases(arguments.seed, arguments.n, objects)]
     records = []

@@ -16,20 +16,17 @@ def as_frames(mask: Tensor, frames: int, name: str = "mask") -> Tensor:
     return mask.expand(frames, -1, -1)
 
 
-def dilate(mask: Tensor, radius: int) -> Tensor:
-    """Grow a mask (F, H, W) by `radius` of its own pixels in each direction (square neighbourhood)."""
-    if radius <= 0:
-        return mask
-    window = 2 * radius + 1
-    grown = max_pool2d(mask[:, None], (window, 1), stride=1, padding=(radius, 0))
-    return max_pool2d(grown, (1, window), stride=1, padding=(0, radius))[:, 0]
+def dilate(mask: Tensor, radius: int | tuple[int, int]) -> Tensor:
+    """Grow a mask (F, H, W) by `radius` of its own pixels up, down, left and right; a pair: (vertical, horizontal)."""
+    tall, wide = (radius, radius) if isinstance(radius, int) else radius
+    grown = max_pool2d(mask[:, None], (2 * tall + 1, 1), stride=1, padding=(tall, 0))
+    return max_pool2d(grown, (1, 2 * wide + 1), stride=1, padding=(0, wide))[:, 0]
 
 
 def to_latent_grid(mask: Tensor, height: int, width: int) -> Tensor:
     """Resample (F, H, W) in [0, 1] to (F, height, width): the maximum under each cell, so thin parts survive."""
-    if mask.shape[-2] >= height and mask.shape[-1] >= width:
-        return adaptive_max_pool2d(mask[:, None], (height, width))[:, 0]
-    return interpolate(mask[:, None], (height, width), mode="nearest-exact")[:, 0]
+    pooled = adaptive_max_pool2d(mask[:, None], (min(height, mask.shape[-2]), min(width, mask.shape[-1])))
+    return interpolate(pooled, (height, width), mode="nearest-exact")[:, 0]
 
 
 def latent_mask(mask: Tensor, frames: int, height: int, width: int, *, dilation: float = 0.0, cell: int = 8) -> Tensor:
@@ -39,7 +36,8 @@ def latent_mask(mask: Tensor, frames: int, height: int, width: int, *, dilation:
     resolution, before pooling, so the result covers every pixel of the grown mask.
     """
     mask = as_frames(mask.float().clamp(0, 1), frames)
-    return to_latent_grid(dilate(mask, round(dilation * mask.shape[-2] / (height * cell))), height, width)
+    tall, wide = (round(dilation * m / (n * cell)) for m, n in zip(mask.shape[-2:], (height, width), strict=True))
+    return to_latent_grid(dilate(mask, (tall, wide)), height, width)
 
 
 def blend(source: Tensor, target: Tensor, mask: Tensor) -> Tensor:

@@ -66,11 +66,12 @@ def ddim_inversion_step(
     """One step of DDIM inversion from sigma up to sigma_next > sigma; returns (x_next, denoised).
 
     The noise is predicted at the noisier level, which makes the equation implicit; it is solved by fixed-point
-    iteration (Pan et al. 2023, AIDI): `refinements` = 0 is the classic one-call inversion, each further one
-    evaluates the model again at the landing point. `denoise(x, sigma)` returns the prediction of x0.
+    iteration (Pan et al. 2023, AIDI): `refinements` = 0 is the classic one-call inversion, eps of the present latent at
+    the next level; each further one evaluates the model again at the landing point. `denoise(x, sigma)` returns the
+    prediction of x0. The present latent is rescaled to the next level's variance, so every noise space starts alike.
     """
     (a0, s0), (a1, s1) = space.signal_and_noise(sigma), space.signal_and_noise(sigma_next)
-    landing = x
+    landing = x * (space.latent_scale(sigma_next) / space.latent_scale(sigma))
     for _ in range(1 + refinements):
         denoised = denoise(landing, sigma_next)
         noise = (landing - a1 * denoised) / s1

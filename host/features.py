@@ -16,12 +16,17 @@ class FeatureRecorder:
     def __init__(self, blocks: frozenset[str] | None, last: str | None = None):
         self._blocks, self._last = blocks, last
         self._waiting: AttentionCall | None = None
+        self._unpaired: list[str] = []
         self.features: dict[str, AttentionFeatures] = {}
-        self.unpaired: list[str] = []
+
+    @property
+    def unpaired(self) -> list[str]:
+        """Wanted spatial layers that no temporal attention on their grid followed."""
+        return self._unpaired + ([self._waiting.layer.path] if self._waiting else [])
 
     def __call__(self, call: AttentionCall) -> None:
         if call.kind == "spatial":
-            self._drop_waiting()
+            self._unpaired = self.unpaired
             wanted = not call.at_latent_resolution if self._blocks is None else call.layer.block in self._blocks
             self._waiting = call if wanted else None
         elif call.kind == "temporal" and self._waiting is not None and call.grid == self._waiting.grid:
@@ -38,8 +43,3 @@ class FeatureRecorder:
         self._waiting = None
         if spatial.layer.path == self._last:
             raise EnoughSeen
-
-    def _drop_waiting(self) -> None:
-        if self._waiting is not None:
-            self.unpaired.append(self._waiting.layer.path)
-            self._waiting = None

@@ -166,9 +166,11 @@ class _WeightFree(torch.autograd.Function):
 @torch.no_grad()
 def _input_gradient(module, grad: Tensor, shape) -> Tensor:
     """Gradient of a linear layer or convolution with respect to its input, with the weight as the host casts it."""
+    import comfy.model_management
     import comfy.ops
     from comfy.quant_ops import QuantizedTensor
 
+    comfy.model_management.throw_exception_if_processing_interrupted()
     casts = hasattr(module, "weight_function")
     weight, bias, stream = module.weight, module.bias, None
     if casts:

@@ -15,11 +15,14 @@ def mask_like(mask: Tensor, latent: Tensor) -> Tensor:
 
 def check_clip_latent(latent: Tensor, model) -> None:
     """ValueError unless `latent` is one clip of at least 2 frames with the channels that `model` expects."""
-    channels = model.model.latent_format.latent_channels
-    if latent.ndim not in (4, 5) or latent.shape[1] != channels:
+    expected = model.model.latent_format
+    channels, layout = expected.latent_channels, "frames, {}, height, width"
+    if expected.latent_dimensions == 3:
+        layout = "1, {}, frames, height, width"
+    if latent.ndim != expected.latent_dimensions + 2 or latent.shape[1] != channels:
         raise ValueError(
-            f"latent: its shape {tuple(latent.shape)} does not fit the model, which expects {channels} channels; "
-            f"encode the clip with the VAE that belongs to this model"
+            f"latent: its shape {tuple(latent.shape)} does not fit the model, which expects "
+            f"({layout.format(channels)}) with {channels} channels; encode the clip with the VAE of this model"
         )
     if latent.ndim == 5 and latent.shape[0] != 1:
         raise ValueError(f"latent: it holds {latent.shape[0]} clips; expected one clip")

@@ -42,6 +42,8 @@ def str_score_of(trajectory: Trajectory, layers: str, radius: int) -> STRScore:
             f"trajectory: its model ({family_of(trajectory.model).name}) has no temporal attention, which the STR "
             f"score is built from; load a text-to-video model such as Zeroscope"
         )
+    if radius < 0:
+        raise ValueError(f"radius: it is {radius}; expected a number of frames, or 0 for all")
     blocks = {layer.block for layer in found if layer.kind == "spatial"}
     return STRScore(trajectory, select_blocks(layers, blocks) if layers.strip() else None, radius)
 
@@ -64,8 +66,8 @@ class RelevanceMatching:
     ):
         if not (math.isfinite(strength) and strength >= 0):
             raise ValueError(f"lambda: it is {strength}; expected a number of at least 0 (0.01 is the method's own)")
-        if start > end:
-            raise ValueError(f"start_percent: {start} lies after end_percent {end}; expected start <= end")
+        if not 0 <= start <= end <= 1:
+            raise ValueError(f"start_percent, end_percent: {start} and {end}; expected 0 <= start <= end <= 1")
         self._score, self._strength = score, strength
         self._start, self._end = start, end
         self._iterations, self._rule = iterations, rule

@@ -6,6 +6,7 @@ functions on z. STR matching is a before-step function, latent blend an after-st
 
 import contextlib
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -130,7 +131,7 @@ class TrajectorySampler(comfy.samplers.Sampler):
         def source(k: int) -> Tensor:
             return self.trajectory.latents[first + k].to(noise)
 
-        x, last = source(0), len(sigmas) - 1
+        x, last = source(0).clone(), len(sigmas) - 1
         with _prepared(model_wrap, self.trajectory, extra_args) as run:
             for k in range(last):
                 comfy.model_management.throw_exception_if_processing_interrupted()
@@ -156,6 +157,13 @@ class TrajectorySampler(comfy.samplers.Sampler):
         if denoise_mask is not None and self.mask is not None:
             raise ValueError(
                 "mask: the latent already carries a noise mask; connect the mask here or set it on the latent, not both"
+            )
+        if self.before_step and any(
+            "context_handler" in o for o in (model_options, self.trajectory.model.model_options)
+        ):
+            raise ValueError(
+                "model: context windows show STR matching only a part of the clip; remove the context window node, or "
+                "use Sample from Trajectory"
             )
         if "multigpu_clones" in model_options:
             raise ValueError("model: editing runs on one GPU; remove the multi-GPU node from this model")
@@ -228,6 +236,8 @@ def invert(model, positive, latent: Tensor, sigmas: Tensor, *, refinements: int 
     model calls and keeps S + 1 latents. ValueError for a latent that is not a clip of this model.
     """
     check_clip_latent(latent, model)
+    if not positive:
+        raise ValueError("positive: it holds no prompt; connect a CLIP Text Encode that describes the source clip")
     space = noise_space(model)
     if space is NoiseSpace.RF:
         sigmas = sigmas.clamp(max=RF_SIGMA_MAX)
@@ -258,6 +268,8 @@ def check_mask(mask: Tensor, trajectory: Trajectory, dilation: float) -> None:
 
 def grid_mask(mask: Tensor, trajectory: Trajectory, dilation: float) -> Tensor:
     """`mask` dilated by `dilation` source pixels, on the trajectory's latent grid: (F, h, w)."""
+    if not (math.isfinite(dilation) and dilation >= 0):
+        raise ValueError(f"dilation: it is {dilation}; expected a number of pixels of at least 0")
     latent = trajectory.latents[-1]
     cell = trajectory.model.model.latent_format.spacial_downscale_ratio
     return latent_mask(mask, frame_count(latent), *latent.shape[-2:], dilation=dilation, cell=cell)

@@ -14,9 +14,9 @@ class STRLatentOptimizer(io.ComfyNode):
             node_id="STE_STRLatentOptimizer",
             display_name="STR Latent Optimizer",
             category="Spacetime Edit/STR-Match",
-            description="A sampler for SamplerCustomAdvanced that edits the inverted clip with a new prompt. Before every "
-            "step it moves the latent so that its spatio-temporal relevance matches the source: shapes may change, while "
-            "motion and background stay.",
+            description="A sampler for SamplerCustomAdvanced that edits the inverted clip with a new prompt. Before "
+            "every step it moves the latent so that its spatio-temporal relevance matches the source: shapes may "
+            "change, while motion and background stay.",
             search_aliases=["str-match", "str", "video editing", "latent optimization", "motion preservation"],
             inputs=[
                 SCORE_TYPE.Input("score", tooltip="What to match, from Capture STR Score."),

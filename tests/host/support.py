@@ -110,6 +110,8 @@ class Untouched:
 
     def __init__(self, model):
         self._model, self._before = model, self._look(model)
+        dirt = [n for n in ("hooks", "instance forwards", "in_training", "interrupt flag") if self._before[n]]
+        assert not dirt, f"an earlier test left behind: {dirt}"
 
     def changed(self) -> list[str]:
         after = self._look(self._model)

@@ -4,6 +4,7 @@ import asyncio
 import logging
 from types import SimpleNamespace
 
+import comfy.context_windows
 import comfy.samplers
 import comfy_extras.nodes_custom_sampler as custom_sampler
 import nodes
@@ -132,7 +133,7 @@ def test_a_noise_mask_of_set_latent_noise_mask_is_the_mask(graph, inverted):
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
-        ((FRAMES, 16, SIDE, SIDE), r"^latent: its shape .* expects 4 channels; encode the clip with the VAE"),
+        ((FRAMES, 16, SIDE, SIDE), r"^latent: its shape .* with 4 channels; encode the clip with the VAE"),
         ((1, 4, SIDE, SIDE), r"^latent: it has 1 frame; a video of at least 2 frames is needed"),
         ((1, 4, FRAMES, SIDE, SIDE), r"^latent: .*frame"),  # this family keeps its frames in the batch
     ],
@@ -148,7 +149,7 @@ def test_an_unknown_model_family_is_named_by_its_class(graph):
         pass
 
     model = SimpleNamespace(model=SimpleNamespace(diffusion_model=Unheard()))
-    with refused(graph, "^model: Unheard is not a supported model family; expected one of: UNet3D"):
+    with refused(graph, "^model: .* with Unheard is not a supported model family; expected one of: UNet3D"):
         graph.invert(model=model)
 
 
@@ -203,7 +204,7 @@ def test_a_wrong_lambda(graph, inverted, strength):
 
 def test_a_window_that_ends_before_it_starts(graph, inverted):
     score = CaptureSTRScore.execute(inverted[0], "", 1).result[0]
-    with refused(graph, r"^start_percent: 0.6 lies after end_percent 0.4"):
+    with refused(graph, r"^start_percent, end_percent: 0.6 and 0.4; expected 0 <= start <= end <= 1"):
         graph.optimise(score, start_percent=0.6, end_percent=0.4)
 
 
@@ -241,6 +242,36 @@ def test_several_gpus(graph, inverted):
         guider = custom_sampler.CFGGuider.execute(clone, graph.positive, graph.positive, 1.0).result[0]
         guider.model_options = {**guider.model_options, "multigpu_clones": {}}
         graph.run(sampler, sigmas, guider=guider)
+
+
+@pytest.mark.parametrize("dilation", [-1.0, float("nan")])
+def test_a_wrong_dilation(graph, inverted, dilation):
+    with refused(graph, "^dilation: it is .*; expected a number of pixels of at least 0"):
+        graph.sample(inverted[0], mask=torch.ones(1, SIDE, SIDE), dilation=dilation)
+
+
+def test_a_negative_radius(graph, inverted):
+    with refused(graph, "^radius: it is -1; expected a number of frames, or 0 for all"):
+        CaptureSTRScore.execute(inverted[0], "", -1)
+
+
+def test_a_positive_without_prompt(graph):
+    with refused(graph, "^positive: it holds no prompt; connect a CLIP Text Encode"):
+        graph.invert(positive=[])
+
+
+def test_context_windows_are_refused_for_matching_only(graph, inverted):
+    trajectory, sigmas = inverted
+    windowed = graph.model.clone()
+    windows = comfy.context_windows
+    windowed.model_options["context_handler"] = windows.IndexListContextHandler(
+        windows.get_matching_context_schedule("standard_static"), windows.get_matching_fuse_method("pyramid")
+    )
+    guider = custom_sampler.CFGGuider.execute(windowed, graph.positive, graph.positive, 1.0).result[0]
+    score = CaptureSTRScore.execute(trajectory, "", 1).result[0]
+    with refused(graph, "^model: context windows show STR matching only a part of the clip; remove"):
+        graph.run(graph.optimise(score), sigmas, guider=guider)
+    assert graph.run(graph.sample(trajectory), sigmas, guider=guider).isfinite().all()
 
 
 # a whole graph
