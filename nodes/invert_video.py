@@ -20,7 +20,11 @@ class InvertVideo(io.ComfyNode):
             "step. The result is the starting point of an edit that keeps motion and background.",
             search_aliases=["ddim inversion", "invert", "unsampler", "str-match", "noise inversion"],
             inputs=[
-                io.Model.Input("model", tooltip="The model that will also do the edit, with its LoRA and patches."),
+                io.Model.Input(
+                    "model",
+                    tooltip="The model that will also do the edit. Its patches act on the clip; its LoRA should be "
+                    "the edit's.",
+                ),
                 io.Conditioning.Input("positive", tooltip="The prompt that describes the source clip as it is."),
                 io.Latent.Input("latent", tooltip="The source clip, encoded with the VAE of this model."),
                 io.Int.Input(

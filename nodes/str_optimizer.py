@@ -19,7 +19,11 @@ class STRLatentOptimizer(io.ComfyNode):
             "change, while motion and background stay.",
             search_aliases=["str-match", "str", "video editing", "latent optimization", "motion preservation"],
             inputs=[
-                SCORE_TYPE.Input("score", tooltip="What to match, from Capture STR Score."),
+                SCORE_TYPE.Input(
+                    "score",
+                    tooltip="What to match, from Capture STR Score. The weights of the guider's model, with its LoRA, "
+                    "serve for the clip and for the edit.",
+                ),
                 io.Float.Input(
                     "strength",
                     display_name="lambda",

@@ -20,10 +20,11 @@ from templates import WORKFLOWS
 
 TINY_MODEL = "embedded tiny model"
 TINY_CLIP = "clip_00 - a red circle on a gray background"
-TINY_EDIT = 1  # red circle -> blue circle
+TINY_EDIT = 2  # red circle -> red square
 TINY_STEPS = 20
 TINY_CFG = 4.0
 TINY_LAMBDA = 0.08
+TINY_END = 0.8
 TINY_DILATION = 4.0
 
 ZEROSCOPE = "zeroscope_v2_576w"
@@ -36,7 +37,7 @@ ZEROSCOPE_FRAMES = 16
 
 
 def tiny(graph: Graph, method: str) -> None:
-    """Red circle to blue circle by one of METHODS, on the embedded model and clip."""
+    """Red circle to red square by one of METHODS, on the embedded model and clip."""
     graph.group("Load")
     model = graph.add("STE_LoadVideoDiffusersModel", model_name=TINY_MODEL)
     clip = graph.add("STE_LoadExampleClip", clip=TINY_CLIP, edit=TINY_EDIT)
@@ -48,7 +49,7 @@ def tiny(graph: Graph, method: str) -> None:
         sampler = graph.add("STE_SampleFromTrajectory", trajectory=trajectory["trajectory"], dilation=TINY_DILATION)
     else:
         score = graph.add("STE_CaptureSTRScore", trajectory=trajectory["trajectory"])
-        options = {"strength": TINY_LAMBDA, "dilation": TINY_DILATION, **mask}
+        options = {"strength": TINY_LAMBDA, "end_percent": TINY_END, "dilation": TINY_DILATION, **mask}
         sampler = graph.add("STE_STRLatentOptimizer", score=score["STR score"], **options)
     edit = sample(graph, model, positive, negative, sampler, trajectory, latent, TINY_CFG)
 
@@ -140,7 +141,7 @@ METHODS = {"swap": "prompt_swap", "str": "str_match", "mask": "str_match_mask"} 
 
 ABOUT = {
     "swap": """## Prompt swap
-Press **Run**: the red circle becomes a blue one. No download, no GPU.
+Press **Run**: the red circle becomes a square. No download, no GPU.
 
 1. **Invert Video** runs the model backwards from the clip to noise.
 2. **Sample from Trajectory** runs it forwards again, with a new prompt.
@@ -148,13 +149,15 @@ Press **Run**: the red circle becomes a blue one. No download, no GPU.
 Nothing ties the edit to the clip but the noise that it starts from: motion and background may drift. That is what the \
 *STR-Match* templates cure.""",
     "str": """## STR-Match
-Press **Run**: the red circle becomes a blue one. No download, no GPU.
+Press **Run**: the red circle becomes a square. No download, no GPU.
 
 1. **Invert Video** runs the model backwards from the clip to noise.
 2. **Capture STR Score** chooses what to keep: which pixel is related to which, from frame to frame.
-3. **STR Latent Optimizer** runs forwards with a new prompt and pulls every step towards those relations.""",
+3. **STR Latent Optimizer** runs forwards with a new prompt and pulls every step towards those relations.
+
+This tiny model wants a large **lambda** (0.08). Start real models at 0.01.""",
     "mask": """## STR-Match with a mask
-Press **Run**: the red circle becomes a blue one, and all that lies outside the mask stays as it was. No download, no \
+Press **Run**: the red circle becomes a square, and all that lies outside the mask stays as it was. No download, no \
 GPU.
 
 White in the mask = edit. **dilation** grows it by a few pixels, so that a larger object has room.""",
@@ -173,18 +176,18 @@ and press **R** to refresh. Then choose your clip, write what it shows and what 
 
 TRY = {
     "swap": """### Try
-- **edit** 2 and 3 in *Load Example Clip*: other prompts for the same clip.
+- **edit** 1 and 3 in *Load Example Clip*: other prompts for the same clip.
 - another **clip**: 04 to 07 have two objects.
 - connect **mask_1** to *Sample from Trajectory*, with **dilation** 4: the background stays.""",
     "str": f"""### Try
 - **lambda** {TINY_LAMBDA:g} -> 0: a plain prompt swap. Larger: motion and background stay more, the prompt counts \
 less.
-- **edit** 2 and 3 in *Load Example Clip*: other prompts for the same clip.
+- **edit** 1 and 3 in *Load Example Clip*: other prompts for the same clip.
 - another **clip**: 04 to 07 have two objects.
-- **end_percent** 0.5: match only in the first half, which is faster.""",
+- **end_percent** 0.5: match only in the first half, which is faster. 1: the background picks up a tint here.""",
     "mask": """### Try
 - **dilation** 0 and 16: too tight cuts the new shape, too wide lets the background change.
-- **edit** 2 in *Load Example Clip*: a new shape. (Edit 3 changes the background, which this mask keeps.)
+- **edit** 1 in *Load Example Clip*: a new colour. (Edit 3 changes the background, which this mask keeps.)
 - **mask_2** with a clip of two objects (04 to 07).
 - **lambda** 0: the mask alone.""",
     "zeroscope": """### Try

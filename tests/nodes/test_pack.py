@@ -102,6 +102,19 @@ def test_every_node_is_translated(schemas, language):
     assert set(definitions) == set(schemas), "translations of nodes that do not exist"
 
 
+def test_the_english_texts_are_those_of_the_nodes(schemas):
+    definitions = json.loads((ROOT / "locales" / "en" / "nodeDefs.json").read_text(encoding="utf-8"))
+    for name, schema in schemas.items():
+        entry = definitions[name]
+        assert (entry["display_name"], entry["description"]) == (schema.display_name, schema.description)
+        for path, input in inputs_of(schema):
+            words = entry["inputs"][path.replace(".", "_")]
+            assert (words["name"], words["tooltip"]) == (shown(input), input.tooltip)
+        for index, output in enumerate(schema.outputs):
+            words = entry["outputs"][str(index)]
+            assert (words["name"], words["tooltip"]) == (output.display_name, output.tooltip)
+
+
 def test_every_node_is_in_a_template(schemas):
     from spacetime_edit.tools.templates import nodes_of, read, templates
 
