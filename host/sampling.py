@@ -110,9 +110,8 @@ class TrajectorySampler(comfy.samplers.Sampler):
     ):
         self.trajectory = trajectory
         self.before_step = tuple(before_step)
-        self.mask, self.dilation, self.blend_source = mask, dilation, blend_source
-        if mask is not None:
-            check_mask(mask, trajectory, dilation)
+        self.dilation, self.blend_source = dilation, blend_source
+        self.grid = None if mask is None else grid_mask(mask, trajectory, dilation)
 
     def sample(
         self,
@@ -154,7 +153,7 @@ class TrajectorySampler(comfy.samplers.Sampler):
                 f"latent_image: its shape {tuple(noise.shape)} is not the trajectory's {self.trajectory.shape}; "
                 f"connect the latent that Invert Video received"
             )
-        if denoise_mask is not None and self.mask is not None:
+        if denoise_mask is not None and self.grid is not None:
             raise ValueError(
                 "mask: the latent already carries a noise mask; connect the mask here or set it on the latent, not both"
             )
@@ -170,10 +169,11 @@ class TrajectorySampler(comfy.samplers.Sampler):
         return self.trajectory.offset_of(sigmas)
 
     def _after_step(self, denoise_mask: Tensor | None) -> list[StepFunction]:
-        mask = self.mask if denoise_mask is None else _frames_of(denoise_mask)
-        if mask is None:
+        grid = self.grid
+        if denoise_mask is not None:
+            grid = grid_mask(_frames_of(denoise_mask), self.trajectory, self.dilation)
+        if grid is None:
             return []
-        grid = grid_mask(mask, self.trajectory, self.dilation)
         if grid.min() == 1:
             log.warning("mask: it covers the whole clip, so it changes nothing")
             return []
@@ -261,13 +261,11 @@ def reconstruct(trajectory: Trajectory, callback=None) -> Tensor:
     return trajectory.model.model.process_latent_in(samples).to(trajectory.latents)
 
 
-def check_mask(mask: Tensor, trajectory: Trajectory, dilation: float) -> None:
-    """ValueError unless `mask` has one frame or the trajectory's."""
-    grid_mask(mask, trajectory, dilation)
-
-
 def grid_mask(mask: Tensor, trajectory: Trajectory, dilation: float) -> Tensor:
-    """`mask` dilated by `dilation` source pixels, on the trajectory's latent grid: (F, h, w)."""
+    """`mask` dilated by `dilation` source pixels, on the trajectory's latent grid: (F, h, w).
+
+    ValueError unless it has one frame or the trajectory's, and the dilation is a length.
+    """
     if not (math.isfinite(dilation) and dilation >= 0):
         raise ValueError(f"dilation: it is {dilation}; expected a number of pixels of at least 0")
     latent = trajectory.latents[-1]
