@@ -100,7 +100,8 @@ def matching_loss(
     The cosine runs over all (i, h, p, q) of the layer. `weight` (F, N) in [0, 1] multiplies each term of the score
     by w_i(p) w_j(q). Gradients flow into the target only. Scores are formed `rows` query tokens at a time and
     formed again in the backward pass: saved are query, key, their log-sum-exp and the temporal map; the peak is a
-    few (H, rows, N) blocks. Softmax in float32 (float64 for float64 input), sums in float64.
+    few (H, rows, N) blocks for each frame within the radius. Softmax in float32 (float64 for float64 input), sums in
+    float64.
     """
     if source.query.shape[:3] != target.query.shape[:3]:
         raise ValueError(
@@ -190,7 +191,7 @@ class _CosineLoss(torch.autograd.Function):
         source = _prepare(source_query, source_key, source_temporal, plan.source_scale, plan.rows)
         if weight is not None:
             weight = weight.to(target.query)
-        dot = square_target = square_source = torch.zeros((), dtype=torch.float64, device=query.device)
+        dot = square_target = square_source = 0.0
         for i in range(query.shape[0]):
             for block in _blocks(query.shape[2], plan.rows):
                 omega_s = _relevance_rows(source, i, block, plan, weight).flatten()
@@ -208,8 +209,8 @@ class _CosineLoss(torch.autograd.Function):
         target, source = _Maps(*ctx.saved_tensors[:4]), _Maps(*ctx.saved_tensors[4:])
         dot, square_target, square_source = ctx.sums
         norm = (square_target * square_source).sqrt().clamp_min(torch.finfo(torch.float64).tiny)
-        to_dot = (-grad / norm).to(target.query.dtype)
-        to_square = (grad * dot / (norm * square_target)).to(target.query.dtype)
+        to_dot = (-grad / norm).to(target.query)
+        to_square = (grad * dot / (norm * square_target)).to(target.query)
         total = _Maps(*(torch.zeros_like(t) for t in target.tensors()))
         for i in range(target.query.shape[0]):
             for block in _blocks(target.query.shape[2], ctx.plan.rows):
@@ -225,6 +226,9 @@ class _CosineLoss(torch.autograd.Function):
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """Sum in float64 where the device has it; Apple's has not, there one block is summed in float32."""
+    if a.device.type == "mps":
+        return torch.sum(a * b).cpu().double()
     return torch.sum(a * b, dtype=torch.float64)
 
 

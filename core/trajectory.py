@@ -34,7 +34,7 @@ class Trajectory:
 
     def offset_of(self, sigmas: Tensor) -> int:
         """Index of the first of `sigmas` here; they must be a contiguous part of the trajectory's sigmas."""
-        own, given = self.sigmas.double().cpu(), sigmas.double().cpu()
+        own, given = self.sigmas.cpu().double(), sigmas.cpu().double()
         for start in range(len(own) - len(given) + 1):
             if torch.allclose(own[start : start + len(given)], given, rtol=1e-5, atol=1e-7):
                 return start

@@ -112,15 +112,15 @@ class AttentionTap:
         """APPLY_MODEL wrapper: keeps a stack of the attention modules that are running."""
         options = transformer_options or {}
         handles = []
-        network = executor.class_obj.diffusion_model
-        for path, layer in self._layers.items():
-            enter = lambda *_, layer=layer: self._stack.append(layer)  # noqa: E731
-            leave = lambda *_: (self._stack.pop(), None)[1]  # noqa: E731
-            module = network.get_submodule(path)
-            handles.append(module.register_forward_pre_hook(enter))
-            handles.append(module.register_forward_hook(leave, always_call=True))
-        self._run = _describe_run(x, options)
         try:
+            network = executor.class_obj.diffusion_model
+            for path, layer in self._layers.items():
+                enter = lambda *_, layer=layer: self._stack.append(layer)  # noqa: E731
+                leave = lambda *_: (self._stack.pop(), None)[1]  # noqa: E731
+                module = network.get_submodule(path)
+                handles.append(module.register_forward_pre_hook(enter))
+                handles.append(module.register_forward_hook(leave, always_call=True))
+            self._run = _describe_run(x, options)
             return executor(x, t, c_concat, c_crossattn, control, options, **kw)
         finally:
             self._run = None

@@ -97,12 +97,18 @@ def _normal_cond(cond: dict) -> dict:
 
 
 class _NormalTensors(TorchFunctionMode):
-    """Clones tensors born under inference mode as they enter an operation that records a graph."""
+    """Clones tensors born under inference mode as they enter an operation that records a graph.
+
+    What an operation writes into (`add_`, `out=`) is left alone: a clone would swallow the result without an error.
+    """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if torch.is_grad_enabled():
-            args, kwargs = tree_map(self._normal, args), tree_map(self._normal, kwargs)
+            name = getattr(func, "__name__", "")
+            written = 1 if name.endswith("_") and not name.endswith("__") or name == "__setitem__" else 0
+            args = (*args[:written], *tree_map(self._normal, args[written:]))
+            kwargs = {key: value if key == "out" else tree_map(self._normal, value) for key, value in kwargs.items()}
         return func(*args, **kwargs)
 
     @staticmethod
@@ -113,20 +119,66 @@ class _NormalTensors(TorchFunctionMode):
 
 @contextlib.contextmanager
 def _weight_free_layers(network: torch.nn.Module):
-    """Linear layers and convolutions of `network` save no weight for their backward while this is open."""
-    before = {}
+    """No layer of `network` saves one of the host's weight buffers for its backward while this is open.
+
+    Linear layers and convolutions fetch their weight again, norms keep a copy of theirs. A layer whose forward another
+    pack has replaced is left to autograd.
+    """
+    replaced = []
     for module in network.modules():
+        if "forward" in module.__dict__:
+            continue
         if _is_linear(module) or _is_convolution(module):
-            before[module] = module.__dict__.get("forward")
             module.forward = _weight_free(module)
+        elif isinstance(module, tuple(NORMS)) and hasattr(module, "comfy_cast_weights"):
+            module.forward = _copied_norm(module)
+        else:
+            continue
+        replaced.append(module)
     try:
         yield
     finally:
-        for module, forward in before.items():
-            if forward is None:
-                del module.__dict__["forward"]
-            else:
-                module.forward = forward
+        for module in replaced:
+            del module.__dict__["forward"]
+
+
+NORMS = {
+    torch.nn.GroupNorm: lambda m, x, w, b: torch.nn.functional.group_norm(x, m.num_groups, w, b, m.eps),
+    torch.nn.LayerNorm: lambda m, x, w, b: torch.nn.functional.layer_norm(x, m.normalized_shape, w, b, m.eps),
+    torch.nn.RMSNorm: lambda m, x, w, b: torch.nn.functional.rms_norm(x, m.normalized_shape, w, m.eps),
+}
+
+
+def _copied_norm(module):
+    """A forward of one of NORMS with weights of its own: the host may reuse the buffer that it streams weights into."""
+    function = next(f for kind, f in NORMS.items() if isinstance(module, kind))
+    original = module.forward
+
+    def forward(x):
+        if not (torch.is_grad_enabled() and x.requires_grad) or module.weight is None:
+            return original(x)
+        with _cast_weights(module, x) as (weight, bias):
+            weight, bias = (None if t is None else normal_tensor(t) for t in (weight, bias))
+        return function(module, x, weight, bias)
+
+    return forward
+
+
+@contextlib.contextmanager
+def _cast_weights(module, like: Tensor):
+    """(weight, bias) as the host hands them to this layer's operation, in the dtype and on the device of `like`."""
+    import comfy.ops
+
+    if not hasattr(module, "weight_function"):
+        yield module.weight, module.bias
+        return
+    with torch.inference_mode():
+        weight, bias, stream = comfy.ops.cast_bias_weight(module, like.detach(), offloadable=True)
+    try:
+        yield weight, bias
+    finally:
+        with torch.inference_mode():
+            comfy.ops.uncast_bias_weight(module, weight, bias, stream)
 
 
 def _is_linear(module) -> bool:
@@ -155,8 +207,9 @@ class _WeightFree(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, module, original):
         ctx.module, ctx.shape = module, x.shape
-        y = original(x)
-        return y.clone() if y._is_view() else y
+        with torch.inference_mode():
+            y = original(x)
+        return normal_tensor(y)
 
     @staticmethod
     def backward(ctx, grad):
@@ -167,24 +220,16 @@ class _WeightFree(torch.autograd.Function):
 def _input_gradient(module, grad: Tensor, shape) -> Tensor:
     """Gradient of a linear layer or convolution with respect to its input, with the weight as the host casts it."""
     import comfy.model_management
-    import comfy.ops
     from comfy.quant_ops import QuantizedTensor
 
     comfy.model_management.throw_exception_if_processing_interrupted()
-    casts = hasattr(module, "weight_function")
-    weight, bias, stream = module.weight, module.bias, None
-    if casts:
-        weight, bias, stream = comfy.ops.cast_bias_weight(module, grad, offloadable=True)
-    plain = weight.dequantize() if isinstance(weight, QuantizedTensor) else weight
-    if _is_linear(module):
-        result = grad @ plain
-    else:
+    with _cast_weights(module, grad) as (weight, _):
+        weight = weight.dequantize() if isinstance(weight, QuantizedTensor) else weight
+        if _is_linear(module):
+            return grad @ weight
         dims = len(module.stride)
         function = {1: torch.nn.grad.conv1d_input, 2: torch.nn.grad.conv2d_input, 3: torch.nn.grad.conv3d_input}[dims]
-        result = function(shape, plain, grad, module.stride, module.padding, module.dilation, module.groups)
-    if casts:
-        comfy.ops.uncast_bias_weight(module, weight, bias, stream)
-    return result
+        return function(shape, weight, grad, module.stride, module.padding, module.dilation, module.groups)
 
 
 @contextlib.contextmanager

@@ -127,7 +127,7 @@ class _Matcher:
         until_enough_seen(lambda: predict(run.base_model, z, sigmas, cond, options))
         if not recorder.features:
             raise ValueError("layers: none of the chosen blocks has a spatial and a temporal attention of one size")
-        if self._step.index == 0 and recorder.unpaired:
+        if last_layer is None and recorder.unpaired:
             log.info("STR score: skipped layers without temporal partner: %s", ", ".join(recorder.unpaired))
         return {path: _normal(f) for path, f in recorder.features.items()}
 

@@ -43,19 +43,41 @@ RF_SIGMA_MAX = 0.999
 BlendSource = Literal["trajectory", "re-noised source"]
 
 
-@dataclass(frozen=True)
 class Run:
-    """One run of the edit loop: whose weights, whose options, whose conditioning (decision D2)."""
+    """One run of the edit loop: whose weights, whose options, whose conditioning (decision D2).
 
-    guider: object
-    trajectory: Trajectory
-    model_options: dict
-    source_conds: list[dict]
-    seed: int
+    The source's conditioning is prepared at the first use, its ControlNets loaded beside the models that the guider
+    already uses, and cleaned up by `close`.
+    """
+
+    def __init__(self, guider, trajectory: Trajectory, model_options: dict, seed: int):
+        self.guider, self.trajectory = guider, trajectory
+        self.model_options, self.seed = model_options, seed
+        self._conds: dict[str, list[dict]] = {}
+        self._models: list = []
 
     @property
     def base_model(self):
         return self.guider.inner_model
+
+    @cached_property
+    def source_conds(self) -> list[dict]:
+        """The conditioning of the inversion, processed for this run."""
+        patcher = self.guider.model_patcher
+        latent = self.trajectory.latents[-1].to(patcher.load_device)
+        self._conds = {"positive": comfy.sampler_helpers.convert_cond(self.trajectory.conditioning)}
+        self._models, memory = comfy.sampler_helpers.get_additional_models(self._conds, patcher.model_dtype())
+        if self._models:
+            models = [patcher, *self.guider.loaded_models, *self._models]
+            comfy.model_management.load_models_gpu(models, memory_required=memory)
+        self._conds = comfy.samplers.process_conds(
+            self.base_model, torch.zeros_like(latent), self._conds, latent.device, latent, None, self.seed
+        )
+        return self._conds["positive"]
+
+    def close(self) -> None:
+        """Lets go of the source's ControlNets."""
+        comfy.sampler_helpers.cleanup_models(self._conds, self._models)
 
     @cached_property
     def source_options(self) -> dict:
@@ -126,12 +148,13 @@ class TrajectorySampler(comfy.samplers.Sampler):
     ):
         first = self._check(model_wrap, sigmas, noise, denoise_mask, extra_args["model_options"])
         after_step = self._after_step(denoise_mask)
+        run = Run(model_wrap, self.trajectory, extra_args["model_options"], extra_args.get("seed") or 0)
 
         def source(k: int) -> Tensor:
             return self.trajectory.latents[first + k].to(noise)
 
         x, last = source(0).clone(), len(sigmas) - 1
-        with _prepared(model_wrap, self.trajectory, extra_args) as run:
+        with contextlib.closing(run):
             for k in range(last):
                 comfy.model_management.throw_exception_if_processing_interrupted()
                 step = Step(run, k, sigmas[k], sigmas[k + 1], source(k), source(k + 1))
@@ -140,7 +163,7 @@ class TrajectorySampler(comfy.samplers.Sampler):
                 denoised = model_wrap(x, sigmas[k] * x.new_ones(x.shape[0]), **extra_args)
                 x = ddim_step(x, denoised, sigmas[k], sigmas[k + 1], self.trajectory.space)
                 for function in after_step:
-                    x = function(x, step)
+                    x, denoised = function(x, step), function.shown(denoised, step)
                 if callback is not None:
                     callback(k, denoised, x, last)
         return model_wrap.inner_model.model_sampling.inverse_noise_scaling(sigmas[-1], x)
@@ -168,7 +191,7 @@ class TrajectorySampler(comfy.samplers.Sampler):
             raise ValueError("model: editing runs on one GPU; remove the multi-GPU node from this model")
         return self.trajectory.offset_of(sigmas)
 
-    def _after_step(self, denoise_mask: Tensor | None) -> list[StepFunction]:
+    def _after_step(self, denoise_mask: Tensor | None) -> list["LatentBlend"]:
         grid = self.grid
         if denoise_mask is not None:
             grid = grid_mask(_frames_of(denoise_mask), self.trajectory, self.dilation)
@@ -194,6 +217,10 @@ class LatentBlend:
             clean = step.run.trajectory.latents[-1].to(x)
             source = add_noise(clean, step.run.renoise.to(x), step.sigma_next, step.space)
         return blend(source, x, mask_like(self._mask, x))
+
+    def shown(self, denoised: Tensor, step: Step) -> Tensor:
+        """The prediction of x0 as previews and `denoised_output` show it: the clean source outside the mask."""
+        return blend(step.run.trajectory.latents[-1].to(denoised), denoised, mask_like(self._mask, denoised))
 
 
 class InversionSampler(comfy.samplers.Sampler):
@@ -285,6 +312,11 @@ def _check_guider(guider, trajectory: Trajectory) -> None:
         raise ValueError(
             f"guider: {name} has no model or no positive prompt that can be edited; use CFGGuider or one like it"
         )
+    if patcher.is_clone(trajectory.model) and noise_space(patcher) is not trajectory.space:
+        raise ValueError(
+            f"guider: its model samples in the noise space {noise_space(patcher).name}, the inversion ran in "
+            f"{trajectory.space.name}; connect the same ModelSampling nodes to both"
+        )
     if not patcher.is_clone(trajectory.model):
         raise ValueError(
             f"guider: its model ({type(patcher.model).__name__}) is not the one that was inverted "
@@ -301,24 +333,6 @@ def _source_options(model, sample_sigmas: Tensor) -> dict:
     inner["sample_sigmas"] = sample_sigmas
     inner[SOURCE_RUN] = True
     return options
-
-
-@contextlib.contextmanager
-def _prepared(guider, trajectory: Trajectory, extra_args: dict):
-    """The run, with the source conditioning ready: encoded, its ControlNets loaded, all of it cleaned up after."""
-    device = guider.model_patcher.load_device
-    latent = trajectory.latents[-1].to(device)
-    conds = {"positive": comfy.sampler_helpers.convert_cond(trajectory.conditioning)}
-    models, memory = comfy.sampler_helpers.get_additional_models(conds, guider.model_patcher.model_dtype())
-    if models:
-        comfy.model_management.load_models_gpu([guider.model_patcher, *models], memory_required=memory)
-    try:
-        seed = extra_args.get("seed") or 0
-        noise = torch.zeros_like(latent)
-        conds = comfy.samplers.process_conds(guider.inner_model, noise, conds, device, latent, None, seed)
-        yield Run(guider, trajectory, extra_args["model_options"], conds["positive"], seed)
-    finally:
-        comfy.sampler_helpers.cleanup_models(conds, models)
 
 
 def reconstruction_db(trajectory: Trajectory, returned: Tensor) -> float:

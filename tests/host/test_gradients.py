@@ -1,6 +1,7 @@
 """Gradients through the real ModelPatcher in a real sampler step, against finite differences."""
 
 import comfy.model_management as management
+import comfy.ops
 import pytest
 import torch
 from spacetime_edit.core.relevance import matching_loss
@@ -157,6 +158,53 @@ def test_weights_stored_in_bf16_give_the_same_direction(tiny):
     full, half = (in_a_step(model, support.encode(tiny), clip(), run) for model in (tiny.model, bf16))
     assert torch.nn.functional.cosine_similarity(full, half, dim=1).min() > 0.99
     assert not torch.equal(full, half)
+
+
+def test_weight_buffers_that_the_host_reuses_do_not_reach_the_gradient(tiny, monkeypatch):
+    """Streamed weights: each cast gives a view of a shared buffer without a version counter, overwritten afterwards."""
+    streamed, positive = load_folder(EMBEDDED, weight_dtype="bf16")[0], support.encode(tiny)
+    expected = in_a_step(streamed, positive, clip(), lambda gradient_of, _, x: gradient_of(x))[1]
+    cast, buffers = comfy.ops.cast_bias_weight, {}
+
+    def into_buffer(tensor, role):
+        if tensor is None:
+            return None
+        with torch.inference_mode(False):
+            key = role, tuple(tensor.shape), tensor.dtype
+            buffer = buffers.setdefault(key, torch.empty(tensor.shape, dtype=tensor.dtype))
+            buffer.data.copy_(tensor)
+            return buffer.data
+
+    def streaming_cast(module, *args, **kwargs):
+        weight, bias, *stream = cast(module, *args, **kwargs)
+        return into_buffer(weight, "weight"), into_buffer(bias, "bias"), *stream
+
+    def poison(module, weight, bias, stream):
+        for tensor in (weight, bias):
+            if tensor is not None:
+                tensor.data.fill_(float("nan"))
+
+    monkeypatch.setattr(comfy.ops, "cast_bias_weight", streaming_cast)
+    monkeypatch.setattr(comfy.ops, "uncast_bias_weight", poison)
+    result = in_a_step(streamed, positive, clip(), lambda gradient_of, _, x: gradient_of(x))[1]
+    assert len(buffers) > 10
+    assert torch.equal(result, expected)
+
+
+def test_a_layer_that_another_pack_has_replaced_keeps_its_own_gradient(tiny):
+    """As the host's bypass LoRA does: an instance forward around the layer's own."""
+    model, positive = load_folder(EMBEDDED)[0], support.encode(tiny)
+    layer = model.model.diffusion_model.get_submodule("up_blocks.2.resnets.0.conv2")
+    own = layer.forward
+    layer.forward = lambda x: own(x) + 3 * torch.tanh(x.flip(-1))
+
+    def compare(gradient_of, predict_plainly, x):
+        gradient = gradient_of(x)[1]
+        return error_of(gradient, lambda latent: output_loss(predict_plainly(latent)), x)
+
+    replacement = layer.forward
+    assert in_a_step(model, positive, clip(), compare) <= 1e-3
+    assert layer.forward is replacement
 
 
 def test_a_lora_is_in_the_gradient(tiny):

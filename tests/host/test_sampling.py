@@ -430,11 +430,33 @@ def test_a_re_noised_source_is_one_fixed_noise_on_the_clean_clip(trajectory, edi
 
 
 def test_a_soft_mask_blends(trajectory, edit):
-    _, calls = run(trajectory, edit, mask=torch.full((1, 1, 1), 0.25))
-    sigma, then = trajectory.sigmas[-2], trajectory.latents[-1]
-    assert sigma > 0
-    k, x0, x, _ = calls[-1]
-    assert torch.allclose(x, 0.75 * then + 0.25 * x0, atol=1e-5)
+    last = trajectory.sigmas[-2:]
+    (_, _, plain, _) = run(trajectory, edit, sigmas=last)[1][0]
+    (_, _, mixed, _) = run(trajectory, edit, sigmas=last, mask=torch.full((1, 1, 1), 0.25))[1][0]
+    assert torch.allclose(mixed, 0.75 * trajectory.latents[-1] + 0.25 * plain, atol=1e-5)
+
+
+def test_previews_and_denoised_output_show_the_kept_source(trajectory, edit):
+    _, calls = run(trajectory, edit, cfg=3.0, mask=left_half())
+    kept = left_half()[:, None].expand(SHAPE) == 0
+    for _, x0, _, _ in calls:
+        assert torch.equal(x0[kept], trajectory.latents[-1][kept])
+        assert not torch.equal(x0[~kept], trajectory.latents[-1][~kept])
+
+
+def test_another_noise_space_is_refused(trajectory, edit):
+    """The same weights under a ModelSampling patch of a rectified flow."""
+    patched = trajectory.model.clone()
+    patched.add_object_patch("model_sampling", flow_sampling(trajectory.model))
+    with pytest.raises(ValueError, match="^guider: its model samples in the noise space RF, the inversion ran in VE"):
+        run(trajectory, edit, model=patched)
+
+
+def flow_sampling(model):
+    class Flow(comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.model_sampling.CONST):
+        pass
+
+    return Flow(model.model.model_config)
 
 
 def test_dilation_is_in_source_pixels(trajectory, edit):
