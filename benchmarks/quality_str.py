@@ -14,7 +14,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -45,6 +45,8 @@ COMPARED = {
     "trajectory_error_px": "ratio_of_means",
     "kept_region_psnr_db": "difference_of_means",
     "kept_region_psnr_vs_vae_db": "difference_of_means",
+    "colour_accuracy": "difference_of_means",
+    "shape_accuracy": "difference_of_means",
 }
 
 
@@ -78,12 +80,12 @@ class Case:
         return 1 - masks.amax(0, keepdim=True) if self.kind == "background" else masks[self.index, None]
 
 
-def make_cases(seed: int, n: int, objects: int) -> list[Case]:
+def make_cases(seed: int, n: int, objects: int, kinds: Sequence[str] = world.EDIT_KINDS) -> list[Case]:
     """n cases of 1 or 2 objects, the kinds of edit and the edited objects in turn."""
     generator = np.random.default_rng([seed, objects])
     cases = []
     for i in range(n):
-        kind, index = world.EDIT_KINDS[i % 3], i // 3 % objects
+        kind, index = kinds[i % len(kinds)], i // len(kinds) % objects
         source = world.sample_scene(generator, objects)
         target = world.sample_edit(source, kind, generator, index)
         cases.append(Case(objects, kind, index, int(generator.integers(1 << 31)), source, target))
@@ -241,6 +243,31 @@ def compare(records: list[dict], seed: int) -> list[dict]:
     return rows
 
 
+def verdicts(rows: list[dict], comparisons: list[dict]) -> list[str]:
+    """The targets of STR-Match on clips of one object, each met or missed with its figure."""
+    lines = []
+    for kind in ("all", "colour", "shape"):
+        own = {r["method"]: r for r in rows if r["objects"] == 1 and r["kind"] == kind}
+        against = {(r["method"], r["metric"]): r for r in comparisons if r["objects"] == 1 and r["kind"] == kind}
+        if MATCH not in own:
+            continue
+        ratio = against[MATCH, "trajectory_error_px"]
+        kept, colour, shape = (
+            against[MATCH, m]["estimate"] for m in ("kept_region_psnr_db", "colour_accuracy", "shape_accuracy")
+        )
+        masked = own[MATCH_MASK]["kept_region_psnr_vs_vae_db"]
+        targets = {
+            f"trajectory error {ratio['estimate']:.2f} of {SWAP}'s, at most 0.70": ratio["estimate"] <= 0.7,
+            f"upper end of its interval {ratio['high']:.2f}, below 1": ratio["high"] < 1,
+            f"kept region {kept:+.1f} dB, not lower": kept >= 0,
+            f"colour {colour:+.3f}, shape {shape:+.3f}, at least -0.05": min(colour, shape) >= -0.05,
+            f"with mask, kept region against the VAE {masked:.1f} dB, at least 35": masked >= 35,
+        }
+        n = ratio["n"]
+        lines += [f"  {'met   ' if met else 'MISSED'} {kind:6} (n {n}): {text}" for text, met in targets.items()]
+    return lines
+
+
 # --- command line -----------------------------------------------------
 
 COLUMNS = ("traj px", "colour", "shape", "backgr", "count", "kept dB", "vs VAE", "s/clip")
@@ -279,6 +306,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--end", type=float, default=default.end, help="percent of denoising where STR-Match ends")
     parser.add_argument("--layers", default=default.layers, help="blocks of STR-Match, empty: all but the finest")
     parser.add_argument("--objects", type=int, choices=(1, 2), help="only clips of this many objects")
+    parser.add_argument("--kinds", nargs="+", choices=world.EDIT_KINDS, default=world.EDIT_KINDS, help="kinds of edit")
     parser.add_argument("--dilation", type=float, default=default.dilation, help="of the true mask, in px")
     return parser.parse_args()
 
@@ -288,7 +316,7 @@ def main() -> int:
     torch.set_num_threads(1)  # so that two runs fit two cores, and timings compare
     settings = Settings(**{field.name: getattr(arguments, field.name) for field in fields(Settings)})
     counts = [arguments.objects] if arguments.objects else [1, 2]
-    cases = [case for objects in counts for case in make_cases(arguments.seed, arguments.n, objects)]
+    cases = [case for objects in counts for case in make_cases(arguments.seed, arguments.n, objects, arguments.kinds)]
     records = []
     torch.set_num_threads(1)
     with torch.inference_mode():
@@ -299,7 +327,7 @@ def main() -> int:
     rows, comparisons = summarise(records), compare(records, arguments.seed)
     inversion = float(np.median([r["inversion_seconds"] for r in records]))
     print(f"\nseed {arguments.seed}, {settings}; inversion {inversion:.1f} s a clip, not counted below")
-    print(format_rows(rows), format_comparisons(comparisons), sep="\n")
+    print(format_rows(rows), format_comparisons(comparisons), "", *verdicts(rows, comparisons), sep="\n")
     if arguments.json:
         report = {"seed": arguments.seed, "n": arguments.n, "settings": asdict(settings)}
         report |= {"inversion_seconds": inversion, "rows": rows, "comparisons": comparisons, "clips": records}

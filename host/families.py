@@ -95,21 +95,27 @@ def attention_layers(model) -> dict[str, Layer]:
     return {p: Layer(p, kind, f"{side}{places[side].index(n)}") for p, kind, side, n in found}
 
 
+def parse_blocks(selection: str) -> dict[str, set[str]]:
+    """The blocks that each item of a list such as "d1-d2,m0,u0-u1" names; ValueError for what is no such list."""
+    named = {}
+    for item in filter(None, (part.strip() for part in selection.split(","))):
+        match = re.fullmatch(r"([a-z])(\d{1,3})(?:-\1?(\d{1,3}))?", item)
+        names = {f"{match[1]}{n}" for n in range(int(match[2]), int(match[3] or match[2]) + 1)} if match else set()
+        if not names:
+            raise ValueError(f"layers: {item!r} is not a block or a range of blocks; write for example d1-d2,m0,u0-u1")
+        named[item] = names
+    return named
+
+
 def select_blocks(selection: str, blocks: Iterable[str]) -> frozenset[str]:
     """Block names of a list such as "d1-d2,m0,u0-u1"; ValueError naming what is unknown and what there is."""
     known = set(blocks)
-    chosen = set()
-    for item in filter(None, (part.strip() for part in selection.split(","))):
-        match = re.fullmatch(r"([a-z])(\d+)(?:-\1?(\d+))?", item)
-        if not match:
-            raise ValueError(f"layers: {item!r} is not a block or a range of blocks; write for example d1-d2,m0,u0-u1")
-        side, first, last = match[1], int(match[2]), int(match[3] or match[2])
-        names = {f"{side}{n}" for n in range(first, last + 1)}
-        if not names or not names <= known:
-            missing = ", ".join(sorted(names - known)) or "an empty range"
-            raise ValueError(f"layers: {item!r} asks for {missing}; this model has {', '.join(sorted(known))}")
-        chosen |= names
-    return frozenset(chosen)
+    named = parse_blocks(selection)
+    for item, names in named.items():
+        if missing := names - known:
+            there = ", ".join(sorted(known))
+            raise ValueError(f"layers: {item!r} asks for {', '.join(sorted(missing))}; this model has {there}")
+    return frozenset().union(*named.values())
 
 
 def noise_space(model) -> NoiseSpace:

@@ -1,7 +1,6 @@
 """STR matching as a before-step function of the edit loop (STR-Match, arXiv 2506.22868)."""
 
 import logging
-import math
 from dataclasses import dataclass
 
 import torch
@@ -48,6 +47,14 @@ def str_score_of(trajectory: Trajectory, layers: str, radius: int) -> STRScore:
     return STRScore(trajectory, select_blocks(layers, blocks) if layers.strip() else None, radius)
 
 
+def check_settings(strength: float, start: float, end: float) -> None:
+    """ValueError unless lambda and the window lie in [0, 1]."""
+    if not 0 <= strength <= 1:
+        raise ValueError(f"lambda: it is {strength}; expected a number from 0 to 1 (0.01 is the method's own)")
+    if not 0 <= start <= end <= 1:
+        raise ValueError(f"start_percent, end_percent: {start} and {end}; expected 0 <= start <= end <= 1")
+
+
 class RelevanceMatching:
     """Moves the target latent so that its STR score matches the source's, before the prediction of each step.
 
@@ -64,10 +71,7 @@ class RelevanceMatching:
         iterations: int = 1,
         rule: StepRule = "normalised",
     ):
-        if not (math.isfinite(strength) and strength >= 0):
-            raise ValueError(f"lambda: it is {strength}; expected a number of at least 0 (0.01 is the method's own)")
-        if not 0 <= start <= end <= 1:
-            raise ValueError(f"start_percent, end_percent: {start} and {end}; expected 0 <= start <= end <= 1")
+        check_settings(strength, start, end)
         self._score, self._strength = score, strength
         self._start, self._end = start, end
         self._iterations, self._rule = iterations, rule

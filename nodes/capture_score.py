@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from .types import SCORE_TYPE, TRAJECTORY_TYPE
+from .types import SCORE_TYPE, TRAJECTORY_TYPE, valid
 
 
 class CaptureSTRScore(io.ComfyNode):
@@ -40,6 +40,12 @@ class CaptureSTRScore(io.ComfyNode):
                 SCORE_TYPE.Output(display_name="STR score", tooltip="What to match, for the STR Latent Optimizer.")
             ],
         )
+
+    @classmethod
+    def validate_inputs(cls, layers=None):
+        from ..host.families import parse_blocks
+
+        return valid(parse_blocks, layers or "")
 
     @classmethod
     def execute(cls, trajectory, layers, radius) -> io.NodeOutput:

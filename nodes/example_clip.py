@@ -2,14 +2,14 @@
 
 from comfy_api.latest import io
 
-from ..host.loaders import example_clips
-
 
 class LoadExampleClip(io.ComfyNode):
     """One of the pack's eight small clips with its masks and prompts."""
 
     @classmethod
     def define_schema(cls):
+        from ..host.loaders import example_clips
+
         names = example_clips.clip_names()
         return io.Schema(
             node_id="STE_LoadExampleClip",
@@ -51,4 +51,6 @@ class LoadExampleClip(io.ComfyNode):
 
     @classmethod
     def execute(cls, clip, edit=1) -> io.NodeOutput:
+        from ..host.loaders import example_clips
+
         return io.NodeOutput(*example_clips.load_clip(clip, edit))

@@ -31,9 +31,10 @@ class InvertVideo(io.ComfyNode):
                     "steps",
                     default=50,
                     min=2,
-                    max=1000,
+                    max=500,
                     tooltip="Number of noise levels. The edit uses the same steps. 50 is the method's own setting, 20 "
-                    "is faster and often close.",
+                    "is faster and often close. ddim_uniform takes the next number that divides its schedule, such as "
+                    "31 for 30.",
                 ),
                 io.Combo.Input(
                     "scheduler",

@@ -2,14 +2,14 @@
 
 from comfy_api.latest import io
 
-from ..host.loaders import unet3d
-
 
 class LoadVideoDiffusersModel(io.ComfyNode):
     """A text-to-video folder in diffusers layout as MODEL, CLIP, VAE."""
 
     @classmethod
     def define_schema(cls):
+        from ..host.loaders import unet3d
+
         return io.Schema(
             node_id="STE_LoadVideoDiffusersModel",
             display_name="Load Video Diffusers Model",
@@ -60,8 +60,12 @@ class LoadVideoDiffusersModel(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, model_name, weight_dtype):
+        from ..host.loaders import unet3d
+
         return unet3d.fingerprint(model_name)
 
     @classmethod
     def execute(cls, model_name, weight_dtype="default") -> io.NodeOutput:
+        from ..host.loaders import unet3d
+
         return io.NodeOutput(*unet3d.load_folder(unet3d.folder_path(model_name), weight_dtype=weight_dtype))

@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from .types import SCORE_TYPE, mask_inputs
+from .types import SCORE_TYPE, mask_inputs, valid
 
 
 class STRLatentOptimizer(io.ComfyNode):
@@ -72,6 +72,14 @@ class STRLatentOptimizer(io.ComfyNode):
             ],
             outputs=[io.Sampler.Output(display_name="sampler", tooltip="Connect it to SamplerCustomAdvanced.")],
         )
+
+    @classmethod
+    def validate_inputs(cls, strength=None, start_percent=None, end_percent=None):
+        from ..host.relevance_matching import check_settings
+
+        values = {"strength": strength, "start": start_percent, "end": end_percent}
+        defaults = {"strength": 0.0, "start": 0.0, "end": 1.0}  # for values that arrive by a link, checked when they do
+        return valid(check_settings, **{k: defaults[k] if v is None else v for k, v in values.items()})
 
     @classmethod
     def execute(

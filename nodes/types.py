@@ -1,5 +1,7 @@
 """Socket types of the pack and the inputs that several nodes share."""
 
+from collections.abc import Callable
+
 from comfy_api.latest import io
 
 TRAJECTORY_TYPE = io.Custom("STE_TRAJECTORY")
@@ -33,3 +35,12 @@ def mask_inputs() -> list:
             "clean source with fixed fresh noise. Without a mask it has no effect.",
         ),
     ]
+
+
+def valid(check: Callable, *args, **kwargs) -> bool | str:
+    """What `validate_inputs` returns: True, or the message of the ValueError that `check` raises."""
+    try:
+        check(*args, **kwargs)
+    except ValueError as error:
+        return str(error)
+    return True

@@ -195,10 +195,10 @@ def test_unknown_blocks(graph, inverted, layers):
         CaptureSTRScore.execute(inverted[0], layers, 1)
 
 
-@pytest.mark.parametrize("strength", [float("nan"), float("inf"), -0.01])
+@pytest.mark.parametrize("strength", [float("nan"), float("inf"), -0.01, 1.01])
 def test_a_wrong_lambda(graph, inverted, strength):
     score = CaptureSTRScore.execute(inverted[0], "", 1).result[0]
-    with refused(graph, "^lambda: it is .*; expected a number of at least 0"):
+    with refused(graph, "^lambda: it is .*; expected a number from 0 to 1"):
         graph.optimise(score, strength=strength)
 
 
