@@ -287,7 +287,7 @@ def test_selection_of_blocks(selection, blocks):
     [
         ("d7", r"layers: 'd7' asks for d7; this model has d0, d1, m0"),
         ("d0-d2", r"layers: 'd0-d2' asks for d2; this model has d0, d1, m0"),
-        ("d1-d0", r"layers: 'd1-d0' asks for an empty range"),
+        ("d1-d0", r"layers: 'd1-d0' is not a block or a range"),
         ("d0-m0", r"layers: 'd0-m0' is not a block or a range of blocks; write for example d1-d2,m0"),
         ("mid", r"layers: 'mid' is not a block"),
     ],

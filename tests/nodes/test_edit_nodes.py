@@ -352,6 +352,22 @@ def test_a_whole_graph_runs_in_the_host(executor):
 
 
 def test_the_host_refuses_values_outside_the_widgets(executor):
-    success, errors, _ = executor(prompt_of(strength=-1.0, step_rule="sideways"))
+    success, errors, _ = executor(prompt_of(iterations=0, step_rule="sideways"))
     assert not success
-    assert {error["extra_info"]["input_name"] for error in errors["8"]["errors"]} == {"strength", "step_rule"}
+    assert {error["extra_info"]["input_name"] for error in errors["8"]["errors"]} == {"iterations", "step_rule"}
+
+
+@pytest.mark.parametrize(
+    ("node", "values", "words"),
+    [
+        ("8", {"strength": -1.0}, "lambda: it is -1.0; expected a number from 0 to 1"),
+        ("8", {"start_percent": 0.6, "end_percent": 0.4}, "start_percent, end_percent: 0.6 and 0.4"),
+        ("7", {"layers": "d1;u0"}, "layers: 'd1;u0' is not a block or a range of blocks"),
+    ],
+)
+def test_settings_that_cannot_work_stop_the_prompt_before_anything_runs(executor, node, values, words):
+    prompt = prompt_of()
+    prompt[node]["inputs"] |= values
+    success, errors, _ = executor(prompt)
+    assert not success
+    assert any(words in error["details"] for error in errors[node]["errors"]), errors[node]
