@@ -70,12 +70,14 @@ class InvertVideo(io.ComfyNode):
                     "edit from a part of them.",
                 ),
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(cls, model, positive, latent, steps, scheduler, refinements, check_reconstruction) -> io.NodeOutput:
         import comfy.samplers
         from latent_preview import prepare_callback
+        from server import PromptServer
 
         from ..host.families import family_of
         from ..host.sampling import invert, reconstruct, reconstruction_db
@@ -88,4 +90,6 @@ class InvertVideo(io.ComfyNode):
             return io.NodeOutput(trajectory, trajectory.sigmas)
         returned = reconstruct(trajectory, prepare_callback(model, trajectory.steps))
         note = f"The latent of the clip returns at {reconstruction_db(trajectory, returned):.1f} dB."
+        if cls.hidden is not None and cls.hidden.unique_id:
+            PromptServer.instance.send_progress_text(note, cls.hidden.unique_id)
         return io.NodeOutput(trajectory, trajectory.sigmas, ui=ui.PreviewText(note))

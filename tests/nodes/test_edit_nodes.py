@@ -282,6 +282,7 @@ def executor(monkeypatch):
     """execute(prompt) -> (success, messages, outputs) by the host's own validation and PromptExecutor."""
     import execution
     from comfy_extras.nodes_custom_sampler import CFGGuider, RandomNoise, SamplerCustomAdvanced
+    from server import PromptServer
 
     for node in (*PACK, CFGGuider, RandomNoise, SamplerCustomAdvanced):
         monkeypatch.setitem(nodes.NODE_CLASS_MAPPINGS, node.define_schema().node_id, node)
@@ -299,8 +300,12 @@ def executor(monkeypatch):
         def queue_updated(self):
             pass
 
+        def send_progress_text(self, text, node_id):
+            self.messages.append(("text on node " + node_id, text))
+
     def execute(prompt):
         server = Server()
+        monkeypatch.setattr(PromptServer, "instance", server, raising=False)
         cache = {"lru": 0, "ram": 0, "ram_inactive": 0}
         runner = execution.PromptExecutor(server, cache_type=execution.CacheType.CLASSIC, cache_args=cache)
         loop = asyncio.new_event_loop()
@@ -349,6 +354,7 @@ def test_a_whole_graph_runs_in_the_host(executor):
     assert success, [data for event, data in messages if event == "execution_error"]
     assert len(outputs["13"]["images"]) == 8
     assert "dB" in str(outputs["6"])
+    assert [text for event, text in messages if event == "text on node 6" and "dB" in text]
 
 
 def test_the_host_refuses_values_outside_the_widgets(executor):
