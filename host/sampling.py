@@ -317,6 +317,11 @@ def _check_guider(guider, trajectory: Trajectory) -> None:
             f"guider: its model samples in the noise space {noise_space(patcher).name}, the inversion ran in "
             f"{trajectory.space.name}; connect the same ModelSampling nodes to both"
         )
+    if patcher.is_dynamic() != trajectory.model.is_dynamic():
+        raise ValueError(
+            "guider: a prompt with hooks (such as a scheduled LoRA) makes ComfyUI load a second copy of the model here; "
+            "start ComfyUI with --disable-dynamic-vram, or remove the hooks"
+        )
     if not patcher.is_clone(trajectory.model):
         raise ValueError(
             f"guider: its model ({type(patcher.model).__name__}) is not the one that was inverted "
