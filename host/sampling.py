@@ -319,7 +319,7 @@ def _check_guider(guider, trajectory: Trajectory) -> None:
         )
     if patcher.is_dynamic() != trajectory.model.is_dynamic():
         raise ValueError(
-            "guider: a prompt with hooks (such as a scheduled LoRA) makes ComfyUI load a second copy of the model here; "
+            "guider: a prompt with hooks (such as a scheduled LoRA) makes ComfyUI load a second copy of the model; "
             "start ComfyUI with --disable-dynamic-vram, or remove the hooks"
         )
     if not patcher.is_clone(trajectory.model):
