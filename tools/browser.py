@@ -9,6 +9,7 @@ with Browser() as browser:
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 import shutil
@@ -68,11 +69,10 @@ class Browser:
         self._last_id = 0
 
     def __enter__(self) -> Browser:
-        try:
+        with contextlib.ExitStack() as undo:  # a start that fails or is interrupted leaves no process behind
+            undo.callback(self.stop)
             self.start()
-        except BaseException:
-            self.stop()
-            raise
+            undo.pop_all()
         return self
 
     def __exit__(self, *exception: object) -> None:

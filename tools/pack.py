@@ -7,6 +7,7 @@ scripts load it as `spacetime_edit`. The host's modules (`comfy`, `nodes`, `fold
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import os
@@ -68,9 +69,8 @@ def load_pack(host: bool = True, host_arguments: Sequence[str] = ()) -> ModuleTy
     spec = importlib.util.spec_from_file_location(PACK, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
     module = importlib.util.module_from_spec(spec)
     sys.modules[PACK] = module
-    try:
+    with contextlib.ExitStack() as undo:
+        undo.callback(sys.modules.pop, PACK)
         spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[PACK]
-        raise
+        undo.pop_all()
     return module

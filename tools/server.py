@@ -5,6 +5,7 @@
         files = server.output_files(entry)
 
 Import it as `spacetime_edit.tools.server`, or in a script of this folder as `server`; such a script must not
+import contextlib
 import the host in its own process, whose `server` module has the same name.
 """
 
@@ -74,11 +75,10 @@ class LiveServer:
         self._process: subprocess.Popen | None = None
 
     def __enter__(self) -> LiveServer:
-        try:
+        with contextlib.ExitStack() as undo:  # a start that fails or is interrupted leaves no process behind
+            undo.callback(self.stop)
             self.start()
-        except BaseException:
-            self.stop()
-            raise
+            undo.pop_all()
         return self
 
     def __exit__(self, *exception: object) -> None:
