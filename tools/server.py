@@ -11,6 +11,7 @@ import the host in its own process, whose `server` module has the same name.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
