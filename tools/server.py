@@ -5,7 +5,6 @@
         files = server.output_files(entry)
 
 Import it as `spacetime_edit.tools.server`, or in a script of this folder as `server`; such a script must not
-import contextlib
 import the host in its own process, whose `server` module has the same name.
 """
 
