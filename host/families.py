@@ -113,8 +113,8 @@ def select_blocks(selection: str, blocks: Iterable[str]) -> frozenset[str]:
     named = parse_blocks(selection)
     for item, names in named.items():
         if missing := names - known:
-            there = ", ".join(sorted(known))
-            raise ValueError(f"layers: {item!r} asks for {', '.join(sorted(missing))}; this model has {there}")
+            asked, there = ", ".join(sorted(missing)), ", ".join(sorted(known))
+            raise ValueError(f"layers: {item!r} asks for {asked}; this model has {there} (empty: all but the finest)")
     return frozenset().union(*named.values())
 
 

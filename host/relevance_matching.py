@@ -47,12 +47,12 @@ def str_score_of(trajectory: Trajectory, layers: str, radius: int) -> STRScore:
     return STRScore(trajectory, select_blocks(layers, blocks) if layers.strip() else None, radius)
 
 
-def check_settings(strength: float, start: float, end: float) -> None:
-    """ValueError unless lambda and the window lie in [0, 1]."""
-    if not 0 <= strength <= 1:
-        raise ValueError(f"lambda: it is {strength}; expected a number from 0 to 1 (0.01 is the method's own)")
+def check_window(start: float, end: float) -> None:
+    """ValueError unless start and end are a window within [0, 1]."""
     if not 0 <= start <= end <= 1:
-        raise ValueError(f"start_percent, end_percent: {start} and {end}; expected 0 <= start <= end <= 1")
+        raise ValueError(
+            f"start_percent, end_percent: {start} and {end}; expected 0 <= start_percent <= end_percent <= 1"
+        )
 
 
 class RelevanceMatching:
@@ -71,7 +71,9 @@ class RelevanceMatching:
         iterations: int = 1,
         rule: StepRule = "normalised",
     ):
-        check_settings(strength, start, end)
+        if not 0 <= strength <= 1:
+            raise ValueError(f"lambda: it is {strength}; expected a number from 0 to 1 (0.01 is the method's own)")
+        check_window(start, end)
         self._score, self._strength = score, strength
         self._start, self._end = start, end
         self._iterations, self._rule = iterations, rule

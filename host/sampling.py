@@ -146,6 +146,12 @@ class TrajectorySampler(comfy.samplers.Sampler):
         denoise_mask=None,
         disable_pbar=False,
     ):
+        if sigmas[-1] > 0:
+            log.warning(
+                "sigmas: they end at %.3g, so the result is still noisy; for a later start, take the low_sigmas "
+                "of SplitSigmas",
+                float(sigmas[-1]),
+            )
         first = self._check(model_wrap, sigmas, noise, denoise_mask, extra_args["model_options"])
         after_step = self._after_step(denoise_mask)
         run = Run(model_wrap, self.trajectory, extra_args["model_options"], extra_args.get("seed") or 0)
@@ -323,9 +329,11 @@ def _check_guider(guider, trajectory: Trajectory) -> None:
             "start ComfyUI with --disable-dynamic-vram, or remove the hooks"
         )
     if not patcher.is_clone(trajectory.model):
+        own, inverted = type(patcher.model).__name__, type(trajectory.model.model).__name__
+        found = f"a {own}, not the {inverted}" if own != inverted else f"another loaded copy of the {own}"
         raise ValueError(
-            f"guider: its model ({type(patcher.model).__name__}) is not the one that was inverted "
-            f"({type(trajectory.model.model).__name__}); connect the same loaded model to Invert Video and to {name}"
+            f"guider: its model is not the one that was inverted but {found}; connect the same loader to Invert Video "
+            f"and to {name}"
         )
 
 

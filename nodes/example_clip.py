@@ -2,6 +2,8 @@
 
 from comfy_api.latest import io
 
+from .types import show_on_node
+
 
 class LoadExampleClip(io.ComfyNode):
     """One of the pack's eight small clips with its masks and prompts."""
@@ -47,10 +49,13 @@ class LoadExampleClip(io.ComfyNode):
                 io.String.Output("edit_prompt", tooltip="The prompt that describes the edited clip."),
                 io.Float.Output("fps", tooltip="Frames a second, for saving the video."),
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(cls, clip, edit=1) -> io.NodeOutput:
         from ..host.loaders import example_clips
 
-        return io.NodeOutput(*example_clips.load_clip(clip, edit))
+        loaded = example_clips.load_clip(clip, edit)
+        show_on_node(cls, f"{loaded.source_prompt} -> {loaded.edit_prompt}")
+        return io.NodeOutput(*loaded)

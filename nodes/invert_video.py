@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io, ui
 
-from .types import TRAJECTORY_TYPE
+from .types import TRAJECTORY_TYPE, show_on_node
 
 
 class InvertVideo(io.ComfyNode):
@@ -22,8 +22,7 @@ class InvertVideo(io.ComfyNode):
             inputs=[
                 io.Model.Input(
                     "model",
-                    tooltip="The model that will also do the edit. Its patches act on the clip; its LoRA should be "
-                    "the edit's.",
+                    tooltip="The model that will also do the edit, with the same LoRA.",
                 ),
                 io.Conditioning.Input("positive", tooltip="The prompt that describes the source clip as it is."),
                 io.Latent.Input("latent", tooltip="The source clip, encoded with the VAE of this model."),
@@ -77,7 +76,6 @@ class InvertVideo(io.ComfyNode):
     def execute(cls, model, positive, latent, steps, scheduler, refinements, check_reconstruction) -> io.NodeOutput:
         import comfy.samplers
         from latent_preview import prepare_callback
-        from server import PromptServer
 
         from ..host.families import family_of
         from ..host.sampling import invert, reconstruct, reconstruction_db
@@ -90,6 +88,5 @@ class InvertVideo(io.ComfyNode):
             return io.NodeOutput(trajectory, trajectory.sigmas)
         returned = reconstruct(trajectory, prepare_callback(model, trajectory.steps))
         note = f"The latent of the clip returns at {reconstruction_db(trajectory, returned):.1f} dB."
-        if cls.hidden is not None and cls.hidden.unique_id:
-            PromptServer.instance.send_progress_text(note, cls.hidden.unique_id)
+        show_on_node(cls, note)
         return io.NodeOutput(trajectory, trajectory.sigmas, ui=ui.PreviewText(note))

@@ -74,12 +74,11 @@ class STRLatentOptimizer(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, strength=None, start_percent=None, end_percent=None):
-        from ..host.relevance_matching import check_settings
+    def validate_inputs(cls, start_percent=None, end_percent=None):
+        from ..host.relevance_matching import check_window
 
-        values = {"strength": strength, "start": start_percent, "end": end_percent}
-        defaults = {"strength": 0.0, "start": 0.0, "end": 1.0}  # for values that arrive by a link, checked when they do
-        return valid(check_settings, **{k: defaults[k] if v is None else v for k, v in values.items()})
+        start = 0.0 if start_percent is None else start_percent  # None: it comes by a link, and is checked when it does
+        return valid(check_window, start, 1.0 if end_percent is None else end_percent)
 
     @classmethod
     def execute(

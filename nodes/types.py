@@ -37,6 +37,14 @@ def mask_inputs() -> list:
     ]
 
 
+def show_on_node(node, text: str) -> None:
+    """Writes `text` under the widgets of the running node, where there is a server and a graph to show it."""
+    from server import PromptServer
+
+    if node.hidden is not None and node.hidden.unique_id:
+        PromptServer.instance.send_progress_text(text, node.hidden.unique_id)
+
+
 def valid(check: Callable, *args, **kwargs) -> bool | str:
     """What `validate_inputs` returns: True, or the message of the ValueError that `check` raises."""
     try:

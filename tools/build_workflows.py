@@ -184,7 +184,7 @@ TRY = {
 less.
 - **edit** 1 and 3 in *Load Example Clip*: other prompts for the same clip.
 - another **clip**: 04 to 07 have two objects.
-- **end_percent** 0.5: match only in the first half, which is faster. 1: the background picks up a tint here.""",
+- **end_percent** 0.5: match only in the first half, which is faster. 1: the background picks up more of a tint.""",
     "mask": """### Try
 - **dilation** 0 and 16: too tight cuts the new shape, too wide lets the background change.
 - **edit** 1 in *Load Example Clip*: a new colour. (Edit 3 changes the background, which this mask keeps.)
