@@ -318,7 +318,6 @@ def main() -> int:
     counts = [arguments.objects] if arguments.objects else [1, 2]
     cases = [case for objects in counts for case in make_cases(arguments.seed, arguments.n, objects, arguments.kinds)]
     records = []
-    torch.set_num_threads(1)
     with torch.inference_mode():
         editor = Editor(settings)
         for i, case in enumerate(cases):
