@@ -21,24 +21,52 @@ def dense_loss(source, target, weight=None, **options):
     for f in (source, target):
         spatial = torch.softmax(f.query @ f.key.mT * f.logit_scale, -1)
         if weight is None:
-            scores.append(str_score(spatial, f.temporal, **options))
+            scores.append(plain_score(spatial, f.temporal, **options))
         else:
             scores.append(weighted_score(spatial, f.temporal, weight, **options))
     a, b = (s.flatten() for s in scores)
     return -(a @ b) / (a.norm() * b.norm())
 
 
-def weighted_score(spatial, temporal, weight, *, radius, paths, bidirectional):
+def plain_score(spatial, temporal, *, radius=1, paths="spatial-temporal", bidirectional=True, per_pair=False):
+    """Omega by single frame pairs in the letters of the specification, apart from the code under test."""
+    if paths == "concat":
+        return torch.cat([spatial.flatten(), temporal.flatten()])
+    tau = lambda i, j: temporal[:, :, i, j].T  # noqa: E731  (H, N)
+    scores = []
+    for i in range(len(spatial)):
+        terms = []
+        for j in neighbours(i, len(spatial), radius):
+            st = torch.einsum("hpq,hq->hpq", spatial[i], tau(i, j))
+            st_back = torch.einsum("hqp,hp->hpq", spatial[j], tau(j, i))
+            ts = torch.einsum("hp,hpq->hpq", tau(i, j), spatial[j])
+            ts_back = torch.einsum("hq,hqp->hpq", tau(j, i), spatial[i])
+            one_way = {"spatial-temporal": st, "temporal-spatial": ts, "both": st + ts}[paths]
+            reverse = {"spatial-temporal": st_back, "temporal-spatial": ts_back, "both": st_back + ts_back}[paths]
+            terms.append(one_way + reverse if bidirectional else one_way)
+        scores += terms if per_pair else [sum(terms)]
+    return torch.stack(scores)
+
+
+def weighted_score(spatial, temporal, weight, *, radius, paths, bidirectional, per_pair):
     """w_i(p) w_j(q) inside the sum over j, by plain loops over single frame pairs."""
     frames = spatial.shape[0]
-    total = torch.zeros_like(spatial)
+    if paths == "concat":
+        spatial = torch.stack([spatial[i] * weight[i][:, None] * weight[i][None, :] for i in range(frames)])
+        temporal = torch.stack(
+            [temporal[p] * weight[:, p, None] * weight[None, :, p] for p in range(temporal.shape[0])]
+        )
+        return torch.cat([spatial.flatten(), temporal.flatten()])
+    scores = []
     for i in range(frames):
+        terms = []
         for j in neighbours(i, frames, radius):
             pair = torch.stack([spatial[i], spatial[j]])
             tau = temporal[:, :, [i, j]][:, :, :, [i, j]]
             term = str_score(pair, tau, radius=1, paths=paths, bidirectional=bidirectional)[0]
-            total[i] = total[i] + term * weight[i][:, None] * weight[j][None, :]
-    return total
+            terms.append(term * weight[i][:, None] * weight[j][None, :])
+        scores += terms if per_pair else [sum(terms)]
+    return torch.stack(scores)
 
 
 def leaves(f):
@@ -47,9 +75,12 @@ def leaves(f):
 
 
 OPTIONS = [
-    dict(paths=p, bidirectional=b, radius=r)
-    for p, b, r in itertools.product(("spatial-temporal", "temporal-spatial", "both"), (True, False), (0, 1, 2))
+    dict(paths=p, bidirectional=b, radius=r, per_pair=a)
+    for p, b, r, a in itertools.product(
+        ("spatial-temporal", "temporal-spatial", "both"), (True, False), (0, 1, 2), (False, True)
+    )
 ]
+OPTIONS.append(dict(paths="concat", bidirectional=True, radius=1, per_pair=False))
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -66,6 +97,32 @@ def test_value_and_gradient_equal_the_dense_form(options, weighted):
     (3 * reference).backward()
     for ours, theirs in zip(lean_leaves, full_leaves, strict=True):
         assert (ours.grad - theirs.grad).abs().max() <= 1e-10
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_the_dense_score_is_the_specifications(options):
+    f = features(4)
+    spatial = torch.softmax(f.query @ f.key.mT * f.logit_scale, -1)
+    assert torch.allclose(str_score(spatial, f.temporal, **options), plain_score(spatial, f.temporal, **options))
+
+
+@pytest.mark.parametrize("paths", ["spatial-temporal", "concat"])
+def test_a_weight_that_leaves_nothing_gives_no_loss_and_no_gradient(paths):
+    target, tensors = leaves(features(1))
+    loss = matching_loss(features(0), target, weight=torch.zeros(FRAMES, TOKENS), paths=paths)
+    loss.backward()
+    assert loss == 0
+    assert all(not t.grad.any() for t in tensors)
+
+
+def test_what_the_weight_hides_does_not_matter():
+    """Deletion and addition: rows and columns inside the mask may be anything."""
+    source, target = features(0), features(1)
+    weight = torch.ones(FRAMES, TOKENS, dtype=torch.float64)
+    weight[:, 3:6] = 0
+    value = matching_loss(source, target, weight=weight)
+    target.temporal[3:6] = features(2).temporal[3:6]
+    assert torch.isclose(matching_loss(source, target, weight=weight), value, rtol=1e-12)
 
 
 def test_gradient_by_finite_differences():
