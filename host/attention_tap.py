@@ -4,11 +4,13 @@ The host routes its attention through one slot, `optimized_attention_override`. 
 and learns from module hooks, which live only while the model runs, which layer is calling.
 """
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 from torch import Tensor
+from torch.nn import Module
 
 from .families import Kind, Layer, attention_layers
 
@@ -75,8 +77,9 @@ def until_enough_seen(predict: Callable[[], Tensor]) -> Tensor | None:
 
 @dataclass(frozen=True)
 class _Run:
-    """One call of the model: latent size, prompts in the batch, frames (their indices in the whole clip)."""
+    """One call of the model: its network, latent size, prompts in the batch, frames (indices in the whole clip)."""
 
+    network: Module
     size: tuple[int, int]
     prompts: tuple[int, ...]
     uuids: tuple[object, ...]
@@ -109,22 +112,47 @@ class AttentionTap:
         return options
 
     def _track(self, executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **kw):
-        """APPLY_MODEL wrapper: keeps a stack of the attention modules that are running."""
+        """APPLY_MODEL wrapper: follows the run of the model."""
         options = transformer_options or {}
+        with self._following(_describe_run(executor.class_obj.diffusion_model, x, options)):
+            return executor(x, t, c_concat, c_crossattn, control, options, **kw)
+
+    @property
+    def run(self):
+        """The run that is going on, to be entered `again` later; None outside."""
+        return self._run
+
+    @contextlib.contextmanager
+    def again(self, run, listeners: Sequence[Listener], block: str):
+        """Within, the module `block` of an ended `run` may be called again, and only `listeners` hear of it.
+
+        What recomputation in a backward pass needs: the hooks of the run are gone by then.
+        """
+        before, self._listeners = self._listeners, tuple(listeners)
+        try:
+            with self._following(run, f"{block}."):
+                yield
+        finally:
+            self._listeners = before
+
+    @contextlib.contextmanager
+    def _following(self, run: "_Run", within: str = ""):
+        """Keeps a stack of the attention modules that are running, of those whose path begins with `within`."""
+        before = self._run, self._stack
         handles = []
         try:
-            network = executor.class_obj.diffusion_model
             for path, layer in self._layers.items():
+                if not path.startswith(within):
+                    continue
                 enter = lambda *_, layer=layer: self._stack.append(layer)  # noqa: E731
                 leave = lambda *_: (self._stack.pop(), None)[1]  # noqa: E731
-                module = network.get_submodule(path)
+                module = run.network.get_submodule(path)
                 handles.append(module.register_forward_pre_hook(enter))
                 handles.append(module.register_forward_hook(leave, always_call=True))
-            self._run = _describe_run(x, options)
-            return executor(x, t, c_concat, c_crossattn, control, options, **kw)
+            self._run, self._stack = run, []
+            yield
         finally:
-            self._run = None
-            self._stack.clear()
+            self._run, self._stack = before
             for handle in handles:
                 handle.remove()
 
@@ -151,13 +179,13 @@ class AttentionTap:
         return AttentionCall(layer, query, key, value, scale, _grid(layer.kind, query, self._run), self._run)
 
 
-def _describe_run(x: Tensor, options: dict) -> _Run:
+def _describe_run(network: Module, x: Tensor, options: dict) -> _Run:
     prompts = tuple(options.get("cond_or_uncond", (0,)))
     frames = x.shape[0] // len(prompts) if x.ndim == 4 else x.shape[2]
     window = options.get("context_window")
     indices = range(frames) if window is None else window.index_list
     uuids = tuple(options.get("uuids", (None,) * len(prompts)))
-    return _Run(tuple(x.shape[-2:]), prompts, uuids, tuple(indices))
+    return _Run(network, tuple(x.shape[-2:]), prompts, uuids, tuple(indices))
 
 
 def _grid(kind: Kind, query: Tensor, run: _Run) -> tuple[int, int, int]:

@@ -20,14 +20,18 @@ class Family:
     """One row: `attention` maps a kind of attention to the pattern of its modules' paths.
 
     base_model and diffusion_model are the class names of the host's model and of the network in it. mutates: blocks, or
-    common patches of them such as FreeU, change activations in place.
+    common patches of them such as FreeU, change activations in place. blocks: pattern of the modules that checkpointing
+    runs again.
     """
 
     name: str
     base_model: str
     diffusion_model: str
     attention: tuple[tuple[Kind, str], ...]
+    blocks: str
     mutates: bool
+    downsamplers: str
+    frame_rule: tuple[int, int]
 
 
 FAMILIES = (
@@ -44,7 +48,10 @@ FAMILIES = (
             ),
             ("temporal", r"(transformer_in)\.transformer_blocks\.(\d+)\.attn[12]"),
         ),
+        blocks=r"(?:down_blocks\.\d+|mid_block|up_blocks\.\d+)\.(?:resnets|(?:temp_)?(?:convs|attentions))\.\d+|transformer_in",
         mutates=False,
+        downsamplers=r"down_blocks\.\d+\.downsamplers\.\d+",
+        frame_rule=(1, 0),
     ),
     Family(
         name="SD 1.5",
@@ -54,7 +61,10 @@ FAMILIES = (
             ("spatial", r"(input|middle|output)_blocks?\.(?:(\d+)\.)?(\d+)\.transformer_blocks\.(\d+)\.attn1"),
             ("cross", r"(input|middle|output)_blocks?\.(?:(\d+)\.)?(\d+)\.transformer_blocks\.(\d+)\.attn2"),
         ),
+        blocks=r"(?:input|output)_blocks\.\d+\.\d+|middle_block\.\d+",
         mutates=True,
+        downsamplers=r"input_blocks\.\d+\.0\.op",
+        frame_rule=(1, 0),
     ),
 )
 

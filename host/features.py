@@ -1,45 +1,86 @@
 """Attention features for the STR score, collected while a model runs."""
 
+from collections.abc import Iterable
+
 import torch
+from torch import Tensor
 
 from ..core.relevance import AttentionFeatures
-from .attention_tap import AttentionCall, EnoughSeen
+from .attention_tap import AttentionCall, EnoughSeen, Listener
 
 
 class FeatureRecorder:
     """A listener that keeps what STR needs: spatial query and key, and the temporal map that follows on that grid.
 
-    blocks: block names to keep; None keeps every grid but the finest, as the paper does. last: path of the layer after
-    which the run may end. One prompt a run.
+    blocks: block names to keep; None keeps every grid but the finest, as the paper does. last: path of the spatial
+    layer after whose partner the run may end. One prompt a run. `tensors` holds what was kept by "path part"; block
+    checkpointing exchanges them for ones that carry gradients. `grids`: (F, h, w) of the layers in `features`.
     """
 
     def __init__(self, blocks: frozenset[str] | None, last: str | None = None):
         self._blocks, self._last = blocks, last
         self._waiting: AttentionCall | None = None
+        self._partners: dict[str, str] = {}
+        self._scales: dict[str, float] = {}
+        self.grids: dict[str, tuple[int, int, int]] = {}
         self._unpaired: list[str] = []
-        self.features: dict[str, AttentionFeatures] = {}
+        self.tensors: dict[str, Tensor] = {}
 
     @property
     def unpaired(self) -> list[str]:
         """Wanted spatial layers that no temporal attention on their grid followed."""
         return self._unpaired + ([self._waiting.layer.path] if self._waiting else [])
 
+    @property
+    def features(self) -> dict[str, AttentionFeatures]:
+        """By path of the spatial layer, in the order of the run."""
+        return {path: self._features(path, partner) for path, partner in self._partners.items()}
+
     def __call__(self, call: AttentionCall) -> None:
         if call.kind == "spatial":
             self._unpaired = self.unpaired
             wanted = not call.at_latent_resolution if self._blocks is None else call.layer.block in self._blocks
             self._waiting = call if wanted else None
+            if wanted:
+                self.tensors |= _tensors_of(call)
         elif call.kind == "temporal" and self._waiting is not None and call.grid == self._waiting.grid:
             self._pair(self._waiting, call)
 
+    def replay(self, names: Iterable[str]) -> Listener:
+        """A listener for a second run of some layers: it keeps again the tensors of these names, in `tensors`."""
+        wanted = frozenset(names)
+
+        def listen(call: AttentionCall) -> None:
+            again = {name: tensor for name, tensor in _tensors_of(call).items() if name in wanted}
+            self.tensors.update(again)
+            if again and call.layer.path == self._partners.get(self._last):
+                raise EnoughSeen
+
+        return listen
+
     def _pair(self, spatial: AttentionCall, temporal: AttentionCall) -> None:
-        work = torch.promote_types(temporal.query.dtype, torch.float32)
-        logits = temporal.query.to(work) @ temporal.key.to(work).mT * temporal.scale
-        maps = torch.softmax(logits, -1)
-        heads = spatial.query.shape[1]
-        if maps.shape[1] != heads:
-            maps = maps.mean(1, keepdim=True).expand(-1, heads, -1, -1)
-        self.features[spatial.layer.path] = AttentionFeatures(spatial.query, spatial.key, maps, spatial.scale)
         self._waiting = None
+        self._scales[spatial.layer.path], self.grids[spatial.layer.path] = spatial.scale, spatial.grid
+        self._partners[spatial.layer.path] = temporal.layer.path
+        self.tensors |= _tensors_of(temporal)
         if spatial.layer.path == self._last:
             raise EnoughSeen
+
+    def _features(self, path: str, partner: str) -> AttentionFeatures:
+        query, key = (self.tensors[f"{path} {part}"] for part in ("query", "key"))
+        maps, heads = self.tensors[f"{partner} map"], query.shape[1]
+        if maps.shape[1] != heads:
+            maps = maps.mean(1, keepdim=True).expand(-1, heads, -1, -1)
+        return AttentionFeatures(query, key, maps, self._scales[path])
+
+
+def _tensors_of(call: AttentionCall) -> dict[str, Tensor]:
+    """What a call contributes: query and key (F, H, N, D), or its map (N, H, F, F)."""
+    path = call.layer.path
+    if call.kind == "spatial":
+        return {f"{path} query": call.query, f"{path} key": call.key}
+    if call.kind == "temporal":
+        work = torch.promote_types(call.query.dtype, torch.float32)
+        logits = call.query.to(work) @ call.key.to(work).mT * call.scale
+        return {f"{path} map": torch.softmax(logits, -1)}
+    return {}

@@ -11,7 +11,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
 
 from .attention_tap import until_enough_seen
 
@@ -107,14 +106,16 @@ class _NormalTensors(TorchFunctionMode):
         if torch.is_grad_enabled():
             name = getattr(func, "__name__", "")
             written = 1 if name.endswith("_") and not name.endswith("__") or name == "__setitem__" else 0
-            args = (*args[:written], *tree_map(self._normal, args[written:]))
-            kwargs = {key: value if key == "out" else tree_map(self._normal, value) for key, value in kwargs.items()}
+            args = (*args[:written], *map(_normal, args[written:]))
+            kwargs = {key: value if key == "out" else _normal(value) for key, value in kwargs.items()}
         return func(*args, **kwargs)
 
-    @staticmethod
-    def _normal(value):
-        is_plain = type(value) in (Tensor, torch.nn.Parameter)
-        return value.clone() if is_plain and value.is_inference() else value
+
+def _normal(value):
+    """An argument of an operation, a tensor or a nest of them, with inference tensors cloned."""
+    if isinstance(value, Tensor):
+        return value.clone() if type(value) in (Tensor, torch.nn.Parameter) and value.is_inference() else value
+    return type(value)(map(_normal, value)) if type(value) in (list, tuple) else value
 
 
 @contextlib.contextmanager

@@ -1,18 +1,24 @@
 """STR matching as a before-step function of the edit loop (STR-Match, arXiv 2506.22868)."""
 
+import contextlib
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
+import comfy.model_management
 import torch
 from torch import Tensor
 
 from ..core.guidance import StepRule, descend
-from ..core.relevance import AttentionFeatures, matching_loss
+from ..core.masks import to_latent_grid
+from ..core.relevance import BLOCK_ELEMENTS, AttentionFeatures, Paths, matching_loss
 from ..core.trajectory import Trajectory
 from .attention_tap import AttentionTap, until_enough_seen
+from .checkpointing import checkpointed
 from .families import attention_layers, family_of, select_blocks
 from .features import FeatureRecorder
 from .gradients import latent_gradient, normal_tensor, predict
+from .memory import ActivationMeter, GradientMemory, loss_memory
 from .sampling import Step
 
 log = logging.getLogger("spacetime_edit")
@@ -23,18 +29,38 @@ STEPS_OF_LAMBDA = 50
 HALF_PRECISION_SCALE = 2.0**14
 """Loss scale for float16 models, whose gradients of a mean cosine would underflow."""
 
+SMALL_BLOCK = 1 / 8
+"""Size of the score's blocks, against the usual, when memory is short."""
+
+Task = Literal["change", "delete", "add"]
+MemoryMode = Literal["auto", "low"]
+
 
 @dataclass(frozen=True)
 class STRScore:
-    """What to match: the source clip's trajectory, the blocks to look at (None: all but the finest), the radius."""
+    """What to match: the source clip's trajectory, the blocks to look at (None: all but the finest), the score's form.
+
+    radius, paths, bidirectional, per_pair: as in `core.relevance.str_score`.
+    """
 
     trajectory: Trajectory
     blocks: frozenset[str] | None
-    radius: int
+    radius: int = 1
+    paths: Paths = "spatial-temporal"
+    bidirectional: bool = True
+    per_pair: bool = False
+
+    @property
+    def form(self) -> dict[str, Any]:
+        """The options of `matching_loss`."""
+        return {name: getattr(self, name) for name in ("radius", "paths", "bidirectional", "per_pair")}
 
 
-def str_score_of(trajectory: Trajectory, layers: str, radius: int) -> STRScore:
-    """Validates a choice of layers on the trajectory's model; ValueError without temporal attention."""
+def str_score_of(trajectory: Trajectory, layers: str = "", radius: int = 1, **form) -> STRScore:
+    """Validates a choice of layers on the trajectory's model; ValueError without temporal attention.
+
+    form: paths, bidirectional and per_pair of `STRScore`.
+    """
     found = attention_layers(trajectory.model).values()
     if not any(layer.kind == "temporal" for layer in found):
         raise ValueError(
@@ -44,7 +70,7 @@ def str_score_of(trajectory: Trajectory, layers: str, radius: int) -> STRScore:
     if radius < 0:
         raise ValueError(f"radius: it is {radius}; expected a number of frames, or 0 for all")
     blocks = {layer.block for layer in found if layer.kind == "spatial"}
-    return STRScore(trajectory, select_blocks(layers, blocks) if layers.strip() else None, radius)
+    return STRScore(trajectory, select_blocks(layers, blocks) if layers.strip() else None, radius, **form)
 
 
 def check_window(start: float, end: float) -> None:
@@ -55,67 +81,129 @@ def check_window(start: float, end: float) -> None:
         )
 
 
+@dataclass(frozen=True)
+class MatchedStep:
+    """What matching reports of a step: its place in the denoising and the cosine before each of its iterations."""
+
+    percent: float
+    cosines: tuple[float, ...]
+
+
+@dataclass(frozen=True, eq=False)
 class RelevanceMatching:
     """Moves the target latent so that its STR score matches the source's, before the prediction of each step.
 
-    strength: lambda for 50 steps. start, end: percent of denoising in [0, 1] where it acts.
+    strength: lambda for 50 steps. start, end: percent of denoising in [0, 1] where it acts. task: "delete" and "add"
+    leave what lies inside the mask out of the score, so that nothing there must be matched. memory: "low" keeps no
+    activations (block checkpointing) and forms the score in small blocks; "auto" does so when memory is short.
     """
 
-    def __init__(
-        self,
-        score: STRScore,
-        strength: float,
-        *,
-        start: float = 0.0,
-        end: float = 1.0,
-        iterations: int = 1,
-        rule: StepRule = "normalised",
-    ):
-        if not 0 <= strength <= 1:
-            raise ValueError(f"lambda: it is {strength}; expected a number from 0 to 1 (0.01 is the method's own)")
-        check_window(start, end)
-        self._score, self._strength = score, strength
-        self._start, self._end = start, end
-        self._iterations, self._rule = iterations, rule
-        self._last_layer: str | None = None  # known after the first step; the model's forward may end there
+    score: STRScore
+    strength: float
+    start: float = 0.0
+    end: float = 1.0
+    iterations: int = 1
+    rule: StepRule = "normalised"
+    task: Task = "change"
+    memory: MemoryMode = "auto"
+
+    def __post_init__(self):
+        if not 0 <= self.strength <= 1:
+            raise ValueError(f"lambda: it is {self.strength}; expected a number from 0 to 1 (0.01 is the method's own)")
+        check_window(self.start, self.end)
+
+    def with_strength(self, strength: float) -> "RelevanceMatching":
+        """The same matching with another lambda."""
+        return replace(self, strength=strength)
+
+    def check(self, mask: Tensor | None) -> None:
+        """ValueError where the task needs a mask and there is none."""
+        if mask is None and self.task != "change":
+            raise ValueError(
+                f"mask: the task is {self.task!r}, but no mask is connected; connect one that is 1 where the object "
+                f"{'is' if self.task == 'delete' else 'shall appear'}"
+            )
 
     def __call__(self, x: Tensor, step: Step) -> Tensor:
-        if self._strength == 0 or not self._start <= step.percent <= self._end:
+        if self.strength == 0 or not self.start <= step.percent <= self.end:
             return x
-        matcher = _Matcher(self._score, step, self._last_layer)
-        self._last_layer = matcher.last_layer
-        return descend(
+        run = step.run.memo.setdefault(self, _MatchingRun(low_memory=self.memory == "low"))
+        matcher = _Matcher(self, step, run)
+        x = descend(
             x,
             matcher.gradient,
-            strength=self._strength * STEPS_OF_LAMBDA / self._score.trajectory.steps,
+            strength=self.strength * STEPS_OF_LAMBDA / self.score.trajectory.steps,
             scale=step.space.latent_scale(step.sigma),
-            rule=self._rule,
-            iterations=self._iterations,
+            rule=self.rule,
+            iterations=self.iterations,
         )
+        step.run.records.append(MatchedStep(step.percent, tuple(matcher.cosines)))
+        return x
+
+
+@dataclass
+class _MatchingRun:
+    """What is known of a run after its first step.
+
+    last_layer: where the model's forward may end. low_memory: keep no activations.
+    """
+
+    low_memory: bool
+    last_layer: str | None = None
 
 
 class _Matcher:
     """The loss between the source at one noise level and a target latent there."""
 
-    def __init__(self, score: STRScore, step: Step, last_layer: str | None):
-        self._score, self._step = score, step
-        self._source = self._source_features(last_layer)
-        self.last_layer = next(reversed(self._source))
+    def __init__(self, matching: RelevanceMatching, step: Step, run: _MatchingRun):
+        self._matching, self._score, self._step, self._run = matching, matching.score, step, run
+        self.cosines: list[float] = []
+        recorder = self._first_look() if run.last_layer is None else self._record_source()
+        self._source, self._grids = {path: _normal(f) for path, f in recorder.features.items()}, recorder.grids
+        self._weights = self._hidden_inside_mask() if matching.task != "change" else {}
 
     def gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        run, recorder = self._step.run, FeatureRecorder(self._score.blocks, self.last_layer)
-        tap = AttentionTap(run.guider.model_patcher, [recorder], differentiable=True)
-        half = run.base_model.get_dtype_inference() == torch.float16
-        loss, gradient = latent_gradient(
-            run.base_model,
-            x,
-            self._step.sigma,
-            leading_cond(run.guider.conds["positive"], self._step.sigma, "positive"),
-            lambda _: self._loss(recorder.features),
-            model_options=tap.install(run.model_options),
-            loss_scale=HALF_PRECISION_SCALE if half else 1.0,
-            mutates=family_of(run.guider.model_patcher).mutates,
-        )
+        """(loss, d loss / d x); where memory runs out, once more with as little of it as there is a way to."""
+        try:
+            loss, gradient = self._gradient(x)
+        except (torch.OutOfMemoryError, comfy.model_management.ACCELERATOR_ERROR) as error:
+            if not comfy.model_management.is_oom(error):
+                raise
+            loss, gradient = self._retry(x)
+        self.cosines.append(-float(loss))
+        return loss, gradient
+
+    def _retry(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """After an error of memory, outside its handler: the handler would keep the failed graph alive."""
+        if self._run.low_memory:
+            raise RuntimeError(OUT_OF_MEMORY)
+        log.warning("STR matching: out of memory; once more without kept activations (slower)")
+        self._run.low_memory = True
+        comfy.model_management.soft_empty_cache()
+        try:
+            return self._gradient(x)
+        except (torch.OutOfMemoryError, comfy.model_management.ACCELERATOR_ERROR) as error:
+            if not comfy.model_management.is_oom(error):
+                raise
+            raise RuntimeError(OUT_OF_MEMORY) from error
+
+    def _gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        run, patcher = self._step.run, self._step.run.guider.model_patcher
+        recorder = FeatureRecorder(self._score.blocks, self._run.last_layer)
+        tap = AttentionTap(patcher, [recorder], differentiable=True)
+        family, half = family_of(patcher), run.base_model.get_dtype_inference() == torch.float16
+        blocks = checkpointed(run.base_model.diffusion_model, family, tap, recorder)
+        with blocks if self._run.low_memory else contextlib.nullcontext():
+            loss, gradient = latent_gradient(
+                run.base_model,
+                x,
+                self._step.sigma,
+                leading_cond(run.guider.conds["positive"], self._step.sigma, "positive"),
+                lambda _: self._loss(recorder.features),
+                model_options=tap.install(run.model_options),
+                loss_scale=HALF_PRECISION_SCALE if half else 1.0,
+                mutates=family.mutates,
+            )
         if not torch.isfinite(gradient).all():
             raise ValueError(
                 f"STR matching: the gradient is not finite at step {self._step.index + 1} (sigma "
@@ -124,24 +212,61 @@ class _Matcher:
             )
         return loss, gradient
 
-    def _source_features(self, last_layer: str | None) -> dict[str, AttentionFeatures]:
-        run, sigma, recorder = self._step.run, self._step.sigma, FeatureRecorder(self._score.blocks, last_layer)
-        options = AttentionTap(run.trajectory.model, [recorder]).install(run.source_options)
-        cond = leading_cond(run.source_conds, sigma, "positive of Invert Video")
-        z = self._step.source
-        sigmas = sigma * z.new_ones(z.shape[0])
-        until_enough_seen(lambda: predict(run.base_model, z, sigmas, cond, options))
+    def _first_look(self) -> FeatureRecorder:
+        """Records the source, learns where the forward may end, and has the host make room for the first gradient."""
+        run = self._step.run
+        recorder = self._record_source()
         if not recorder.features:
             raise ValueError("layers: none of the chosen blocks has a spatial and a temporal attention of one size")
-        if last_layer is None and recorder.unpaired:
+        if recorder.unpaired:
             log.info("STR score: skipped layers without temporal partner: %s", ", ".join(recorder.unpaired))
-        return {path: _normal(f) for path, f in recorder.features.items()}
+        self._run.last_layer = next(reversed(recorder.features))
+        meter = ActivationMeter(run.base_model.diffusion_model, family_of(run.trajectory.model))
+        with meter.open():
+            recorder = self._record_source()
+        self._make_room(replace(meter.memory, loss=loss_memory(recorder.features.values())))
+        return recorder
+
+    def _make_room(self, memory: GradientMemory) -> None:
+        management, device = comfy.model_management, self._step.run.guider.model_patcher.load_device
+        self._step.run.reserve(memory.total(checkpointing=self._run.low_memory))
+        if not self._run.low_memory and memory.total(checkpointing=False) > management.get_free_memory(device):
+            log.info("STR matching: keeps no activations, %.1f GB would not fit", memory.total(False) / 1e9)
+            self._run.low_memory = True
+
+    def _record_source(self) -> FeatureRecorder:
+        run, sigma = self._step.run, self._step.sigma
+        recorder = FeatureRecorder(self._score.blocks, self._run.last_layer)
+        tap = AttentionTap(run.trajectory.model, [recorder], differentiable=True)  # the target's kernel, to the bit
+        options = tap.install(run.source_options)
+        cond = leading_cond(run.source_conds, sigma, "positive of Invert Video")
+        z = self._step.source
+        until_enough_seen(lambda: predict(run.base_model, z, sigma * z.new_ones(z.shape[0]), cond, options))
+        return recorder
+
+    def _hidden_inside_mask(self) -> dict[str, Tensor]:
+        """By layer, the weight (F, N) of each token: 0 in the mask, 1 outside (decision D5)."""
+        mask = normal_tensor(self._step.mask.float())
+        with torch.inference_mode(False):
+            return {path: 1 - to_latent_grid(mask, *self._grids[path][1:]).flatten(1) for path in self._source}
 
     def _loss(self, target: dict[str, AttentionFeatures]) -> Tensor:
-        losses = [
-            matching_loss(source, target[path], radius=self._score.radius) for path, source in self._source.items()
-        ]
+        losses = []
+        for path, source in self._source.items():
+            frames, heads, tokens, _ = source.query.shape
+            rows = int(BLOCK_ELEMENTS * SMALL_BLOCK / (frames * heads * tokens)) or 1
+            rows = rows if self._run.low_memory else None
+            losses.append(
+                matching_loss(source, target[path], rows=rows, weight=self._weights.get(path), **self._score.form)
+            )
         return torch.stack(losses).mean()
+
+
+OUT_OF_MEMORY = (
+    "STR matching: out of memory, also without kept activations; lower one of these: the number of frames, their size "
+    "(Fit Clip to Model), the layers of Capture STR Score (such as m0), or let ComfyUI keep more of the card free "
+    "(--reserve-vram, --lowvram)"
+)
 
 
 def leading_cond(conds: list[dict], sigma: Tensor, name: str) -> dict:

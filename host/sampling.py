@@ -5,12 +5,14 @@ functions on z. STR matching is a before-step function, latent blend an after-st
 """
 
 import contextlib
+import copy
 import logging
 import math
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import comfy.model_management
 import comfy.sampler_helpers
@@ -47,7 +49,7 @@ class Run:
     """One run of the edit loop: whose weights, whose options, whose conditioning (decision D2).
 
     The source's conditioning is prepared at the first use, its ControlNets loaded beside the models that the guider
-    already uses, and cleaned up by `close`.
+    already uses, and cleaned up by `close`. memo: what a step function remembers of this run; records: what it reports.
     """
 
     def __init__(self, guider, trajectory: Trajectory, model_options: dict, seed: int):
@@ -55,6 +57,8 @@ class Run:
         self.model_options, self.seed = model_options, seed
         self._conds: dict[str, list[dict]] = {}
         self._models: list = []
+        self.memo: dict[Any, Any] = {}
+        self.records: list = []
 
     @property
     def base_model(self):
@@ -75,6 +79,11 @@ class Run:
         )
         return self._conds["positive"]
 
+    def reserve(self, memory: int) -> None:
+        """Has the host free `memory` bytes on the device for what a step function is about to do (decision D11)."""
+        models = [self.guider.model_patcher, *self.guider.loaded_models, *self._models]
+        comfy.model_management.load_models_gpu(models, memory_required=memory)
+
     def close(self) -> None:
         """Lets go of the source's ControlNets."""
         comfy.sampler_helpers.cleanup_models(self._conds, self._models)
@@ -93,7 +102,10 @@ class Run:
 
 @dataclass(frozen=True)
 class Step:
-    """One step of a run, from sigma to sigma_next (scalars); source latents are in the sampler's own scale."""
+    """One step of a run, from sigma to sigma_next (scalars); source latents are in the sampler's own scale.
+
+    mask: where the run edits, (F, h, w) on the latent grid and dilated; None: everywhere.
+    """
 
     run: Run
     index: int
@@ -101,6 +113,7 @@ class Step:
     sigma_next: Tensor
     source: Tensor
     source_next: Tensor
+    mask: Tensor | None = None
 
     @property
     def space(self) -> NoiseSpace:
@@ -118,8 +131,12 @@ StepFunction = Callable[[Tensor, Step], Tensor]
 class TrajectorySampler(comfy.samplers.Sampler):
     """Samples from the latents of an inversion, whatever noise is connected (decision D1).
 
-    mask: (F, H, W), 1 = edit, any size; dilation in source pixels. Outside it the latent follows the source.
+    mask: (F, H, W), 1 = edit, any size; dilation in source pixels. Outside it the latent follows the source. A function
+    of `before_step` may have `check(mask)`, which raises ValueError before the first step.
     """
+
+    REMEMBERED = 4
+    """Runs whose records are kept."""
 
     def __init__(
         self,
@@ -134,6 +151,20 @@ class TrajectorySampler(comfy.samplers.Sampler):
         self.before_step = tuple(before_step)
         self.dilation, self.blend_source = dilation, blend_source
         self.grid = None if mask is None else grid_mask(mask, trajectory, dilation)
+        self._finished: deque[tuple[Tensor, list]] = deque(maxlen=self.REMEMBERED)
+
+    def replaced(self, before_step: Sequence[StepFunction]) -> "TrajectorySampler":
+        """The same sampler with other before-step functions and no finished runs."""
+        other = copy.copy(self)
+        other.before_step, other._finished = tuple(before_step), deque(maxlen=self.REMEMBERED)
+        return other
+
+    def records_of(self, samples: Tensor) -> list | None:
+        """What the step functions reported in the run that returned `samples`, as in the graph; None: no such run."""
+        for made, records in self._finished:
+            if made.shape == samples.shape and torch.equal(made, samples.to(made)):
+                return records
+        return None
 
     def sample(
         self,
@@ -153,7 +184,10 @@ class TrajectorySampler(comfy.samplers.Sampler):
                 float(sigmas[-1]),
             )
         first = self._check(model_wrap, sigmas, noise, denoise_mask, extra_args["model_options"])
-        after_step = self._after_step(denoise_mask)
+        grid = self._grid(denoise_mask)
+        after_step = self._after_step(grid)
+        for function in self.before_step:
+            getattr(function, "check", lambda _: None)(grid)
         run = Run(model_wrap, self.trajectory, extra_args["model_options"], extra_args.get("seed") or 0)
 
         def source(k: int) -> Tensor:
@@ -163,7 +197,7 @@ class TrajectorySampler(comfy.samplers.Sampler):
         with contextlib.closing(run):
             for k in range(last):
                 comfy.model_management.throw_exception_if_processing_interrupted()
-                step = Step(run, k, sigmas[k], sigmas[k + 1], source(k), source(k + 1))
+                step = Step(run, k, sigmas[k], sigmas[k + 1], source(k), source(k + 1), grid)
                 for function in self.before_step:
                     x = function(x, step)
                 denoised = model_wrap(x, sigmas[k] * x.new_ones(x.shape[0]), **extra_args)
@@ -172,7 +206,10 @@ class TrajectorySampler(comfy.samplers.Sampler):
                     x, denoised = function(x, step), function.shown(denoised, step)
                 if callback is not None:
                     callback(k, denoised, x, last)
-        return model_wrap.inner_model.model_sampling.inverse_noise_scaling(sigmas[-1], x)
+        x = model_wrap.inner_model.model_sampling.inverse_noise_scaling(sigmas[-1], x)
+        if run.records:
+            self._finished.append((model_wrap.inner_model.process_latent_out(x.float()).cpu(), run.records))
+        return x
 
     def _check(self, guider, sigmas, noise, denoise_mask, model_options) -> int:
         """Index of the first sigma in the trajectory; ValueError for whatever does not belong to it."""
@@ -197,10 +234,13 @@ class TrajectorySampler(comfy.samplers.Sampler):
             raise ValueError("model: editing runs on one GPU; remove the multi-GPU node from this model")
         return self.trajectory.offset_of(sigmas)
 
-    def _after_step(self, denoise_mask: Tensor | None) -> list["LatentBlend"]:
-        grid = self.grid
-        if denoise_mask is not None:
-            grid = grid_mask(_frames_of(denoise_mask), self.trajectory, self.dilation)
+    def _grid(self, denoise_mask: Tensor | None) -> Tensor | None:
+        """The mask of this run on the latent grid: the sampler's own, or the one that the latent carries."""
+        if denoise_mask is None:
+            return self.grid
+        return grid_mask(_frames_of(denoise_mask), self.trajectory, self.dilation)
+
+    def _after_step(self, grid: Tensor | None) -> list["LatentBlend"]:
         if grid is None:
             return []
         if grid.min() == 1:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+import shutil
 
 import comfy.model_management as management
 import comfy.model_patcher
@@ -11,7 +13,11 @@ import comfy.supported_models
 import nodes
 import torch
 from comfy.patcher_extension import WrappersMP
+from safetensors.torch import save_file
 from spacetime_edit.host.gradients import FUSED_KERNELS
+from spacetime_edit.host.loaders.diffusers_folder import EMBEDDED_PATH, ModelFolder
+from spacetime_edit.host.loaders.unet3d import load_model
+from spacetime_edit.host.loaders.unet3d_model import build
 
 SOURCE_PROMPT = "a red circle on a gray background"
 EDIT_PROMPT = "a blue square on a gray background"
@@ -49,6 +55,22 @@ def sd15_model():
         weight.copy_(torch.ones_like(weight) if is_scale else 0.1 * torch.randn(weight.shape, generator=generator))
     devices = management.get_torch_device(), management.unet_offload_device()
     return comfy.model_patcher.CoreModelPatcher(model, *devices)
+
+
+def unet3d_model(folder, **config):
+    """A ModelPatcher of the embedded model's layout with `config` changed in its UNet and random weights."""
+    shutil.copytree(EMBEDDED_PATH, folder, dirs_exist_ok=True)
+    path = folder / "unet" / "config.json"
+    settings = json.loads(path.read_text()) | config
+    path.write_text(json.dumps(settings))
+    generator = torch.Generator().manual_seed(1)
+    weights = {}
+    for name, weight in build(settings).state_dict().items():
+        is_scale = weight.ndim == 1 and name.endswith("weight")
+        noise = torch.randn(weight.shape, generator=generator)
+        weights[name] = torch.ones(weight.shape) if is_scale else noise * max(weight[0].numel(), 1) ** -0.5
+    save_file(weights, folder / "unet" / "diffusion_pytorch_model.safetensors")
+    return load_model(ModelFolder(folder))
 
 
 def sd15_conditioning(seed=0, tokens=7):

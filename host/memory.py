@@ -1,0 +1,96 @@
+"""Memory of a gradient pass, predicted from one pass without gradient at the same size."""
+
+import contextlib
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..core.relevance import BLOCK_ELEMENTS, AttentionFeatures
+from .families import Family
+
+LOSS_BLOCKS = 12
+"""Blocks of the score that live at once in the backward pass of the loss."""
+
+
+@dataclass(frozen=True)
+class GradientMemory:
+    """Bytes beyond the weights: activations kept by a plain pass, or with block checkpointing, and the loss's own."""
+
+    plain: int
+    checkpointed: int
+    loss: int = 0
+
+    def total(self, checkpointing: bool) -> int:
+        """Peak bytes of a gradient pass."""
+        return (self.checkpointed if checkpointing else self.plain) + self.loss
+
+
+class ActivationMeter:
+    """Adds up what the modules of a network put out while it is open; the run may end early.
+
+    A gradient pass keeps about that much: convolutions and linear layers keep nothing of their input here, norms,
+    activations and attention keep theirs.
+    """
+
+    def __init__(self, network: torch.nn.Module, family: Family):
+        self._network, self._blocks = network, re.compile(family.blocks)
+        self._within: str | None = None
+        self._of_block: dict[str, int] = {}
+        self._inputs = self._outside = 0
+
+    @property
+    def memory(self) -> GradientMemory:
+        """What a gradient pass over the same modules takes."""
+        inside = self._of_block.values()
+        plain = self._outside + sum(inside)
+        return GradientMemory(plain, self._outside + self._inputs + max(inside, default=0))
+
+    @contextlib.contextmanager
+    def open(self):
+        handles = []
+        try:
+            for path, module in self._network.named_modules():
+                if self._blocks.fullmatch(path) and any(module.children()):
+                    handles.append(module.register_forward_pre_hook(self._enter(path), with_kwargs=True))
+                    handles.append(module.register_forward_hook(self._leave, always_call=True))
+                elif not any(module.children()) and not isinstance(module, (torch.nn.Dropout, torch.nn.Identity)):
+                    handles.append(module.register_forward_hook(self._count))
+            yield self
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _enter(self, path: str):
+        def enter(module, args, kwargs):
+            self._within = path
+            self._of_block.setdefault(path, 0)
+            first = args[0] if args else kwargs["hidden_states"]
+            self._inputs += _bytes(first)
+
+        return enter
+
+    def _leave(self, *_):
+        self._within = None
+
+    def _count(self, module, args, output):
+        if self._within is None:
+            self._outside += _bytes(output)
+        else:
+            self._of_block[self._within] += _bytes(output)
+
+
+def loss_memory(features: Iterable[AttentionFeatures]) -> int:
+    """Bytes that matching these layers takes: features of both clips in float32, their gradients, blocks of scores."""
+    kept = block = 0
+    for f in features:
+        frames, heads, tokens, _ = f.query.shape
+        kept += f.query.numel() + f.key.numel() + f.temporal.numel()
+        block = max(block, min(BLOCK_ELEMENTS, frames * heads * tokens**2))
+    return 4 * (3 * kept + LOSS_BLOCKS * block)
+
+
+def _bytes(value) -> int:
+    return value.numel() * value.element_size() if isinstance(value, Tensor) else 0

@@ -1,0 +1,166 @@
+"""Relevance of a region of the source clip over all frames, from one run of the model on the inverted clip."""
+
+from dataclasses import dataclass, field
+
+import comfy.samplers
+import torch
+from matplotlib import colormaps
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from ..core.masks import as_frames
+from ..core.parametrization import noise_fraction
+from ..core.propagation import cross_frame_relevance, point_region, region_weight
+from ..core.trajectory import Trajectory
+from .attention_tap import AttentionCall, AttentionTap
+from .families import attention_layers, select_blocks
+from .gradients import predict
+from .latents import frame_count
+from .relevance_matching import leading_cond
+from .sampling import SOURCE_RUN
+
+LUMINANCE = torch.tensor([0.299, 0.587, 0.114])
+"""Weights of red, green and blue in the brightness of a picture (ITU-R BT.601)."""
+
+
+def relevance_of(region: Tensor, frame: int, trajectory: Trajectory, *, percent: float, layers: str = "") -> Tensor:
+    """Relevance (F, H, W) of every pixel to `region` (H, W) of one frame; 1 is that of uniform attention.
+
+    `cross_frame_relevance`, averaged over layers. percent: progress of denoising in [0, 1]; the inverted latent
+    nearest to it is looked at. layers: blocks such as "u2-u3"; empty: those at the latent's own resolution, which
+    place an object best. ValueError for layers that the model has not.
+    """
+    recorder = RelevanceRecorder(region, frame, _blocks(layers, trajectory.model))
+    guider = comfy.samplers.CFGGuider(trajectory.model)
+    guider.inner_set_conds({"positive": trajectory.conditioning})
+    step = nearest_step(trajectory, percent)
+    empty = torch.zeros(trajectory.shape)
+    sampler = _OneLook(trajectory, step, recorder)
+    guider.sample(empty, empty, sampler, trajectory.sigmas[step:], disable_pbar=True, seed=0)
+    return recorder.relevance
+
+
+def _blocks(layers: str, model) -> frozenset[str] | None:
+    found = attention_layers(model).values()
+    if "context_handler" in model.model_options:
+        raise ValueError(
+            "trajectory: its model has context windows, which show it only a part of the clip at a time; remove the "
+            "context window node before Invert Video"
+        )
+    return select_blocks(layers, {at.block for at in found if at.kind == "spatial"}) if layers.strip() else None
+
+
+def query_region(
+    images: Tensor, trajectory: Trajectory, *, x: int, y: int, frame: int, mask: Tensor | None = None
+) -> Tensor:
+    """What is asked about, (H, W) in [0, 1]: the point (x, y) in pixels of `images`, or the mask's frame `frame`.
+
+    images: (F, H, W, 3). ValueError for images, points, frames or masks that do not fit the trajectory's clip.
+    """
+    check_images(images, trajectory)
+    frames, height, width, _ = images.shape
+    if not 0 <= frame < frames:
+        raise ValueError(f"frame: it is {frame}; the clip has {frames} frames, expected 0 to {frames - 1}")
+    if mask is None:
+        return point_region(x, y, height, width)
+    region = as_frames(mask, frames)[frame].clamp(0, 1)
+    if region.max() == 0:
+        raise ValueError(
+            f"mask: it is empty in frame {frame}; paint the object there, or set `frame` to one in which it is painted"
+        )
+    return region
+
+
+def check_images(images: Tensor, trajectory: Trajectory) -> None:
+    """ValueError unless `images` (F, H, W, 3) has the trajectory's frames and, to a latent cell, its aspect ratio."""
+    latent = trajectory.latents[-1]
+    frames, (height, width) = frame_count(latent), latent.shape[-2:]
+    if images.shape[0] != frames:
+        raise ValueError(
+            f"images: they are {images.shape[0]}, the trajectory has {frames} frames; connect the clip that was "
+            f"encoded for Invert Video"
+        )
+    tall, wide = images.shape[1:3]
+    if abs(wide * height / tall - width) >= 1 and abs(tall * width / wide - height) >= 1:
+        cell = trajectory.model.model.latent_format.spacial_downscale_ratio
+        raise ValueError(
+            f"images: they have {wide} x {tall} pixels, the trajectory's clip has {width * cell} x {height * cell}, of "
+            f"another shape; connect the clip that was encoded for Invert Video"
+        )
+
+
+def nearest_step(trajectory: Trajectory, percent: float) -> int:
+    """Index of the noise level of the trajectory, above 0, whose progress of denoising is nearest to `percent`."""
+    if not 0 <= percent <= 1:
+        raise ValueError(f"percent: it is {percent}; expected a number from 0 to 1")
+    of_percent = trajectory.model.get_model_object("model_sampling").percent_to_sigma
+    away = [abs(1 - noise_fraction(float(sigma), of_percent) - percent) for sigma in trajectory.sigmas[:-1]]
+    return away.index(min(away))
+
+
+def heat_map(relevance: Tensor, images: Tensor, opacity: float) -> Tensor:
+    """Relevance (F, H, W), from 0 to its maximum over the clip, in the colours of inferno over the grey clip.
+
+    images: (F, H, W, 3) in [0, 1]; opacity: of the colours, in [0, 1]. Returns (F, H, W, 3).
+    """
+    grey = images[..., :3].float().cpu() @ LUMINANCE
+    level = relevance / relevance.max().clamp_min(torch.finfo(relevance.dtype).tiny)
+    colours = torch.from_numpy(colormaps["inferno"](level.numpy())[..., :3]).float()
+    return torch.lerp(grey[..., None].expand_as(colours), colours, opacity)
+
+
+@dataclass
+class RelevanceRecorder:
+    """A listener that sums up each layer's relevance as the layer runs; it keeps no query and no key.
+
+    region: (H, W) in [0, 1]; blocks: names of those to look at, None: those at the latent's own resolution.
+    """
+
+    region: Tensor
+    frame: int
+    blocks: frozenset[str] | None
+    layers: list[str] = field(default_factory=list)
+    total: Tensor | float = 0.0
+
+    def __call__(self, call: AttentionCall) -> None:
+        wanted = call.at_latent_resolution if self.blocks is None else call.layer.block in self.blocks
+        if call.kind == "spatial" and wanted:
+            frames, height, width = call.grid
+            weight = region_weight(self.region, height, width)
+            relevance = cross_frame_relevance(call.query, call.key, weight, self.frame, scale=call.scale)
+            maps = relevance.view(frames, 1, height, width)
+            self.total = self.total + interpolate(maps, self.region.shape, mode="bilinear")[:, 0].cpu()
+            self.layers.append(call.layer.path)
+
+    @property
+    def relevance(self) -> Tensor:
+        """(F, H, W), the mean over the layers. ValueError if no layer was seen."""
+        if not self.layers:
+            raise ValueError("layers: no attention runs at the latent's own resolution; name blocks, such as d1-d2")
+        return self.total / len(self.layers)
+
+
+class _OneLook(comfy.samplers.Sampler):
+    """Shows the model the trajectory's latent of one step, to a listener; samples nothing."""
+
+    def __init__(self, trajectory: Trajectory, step: int, listener: RelevanceRecorder):
+        self._trajectory, self._step, self._listener = trajectory, step, listener
+
+    def sample(
+        self,
+        model_wrap,
+        sigmas,
+        extra_args,
+        callback,
+        noise,
+        latent_image=None,
+        denoise_mask=None,
+        disable_pbar=False,
+    ):
+        model_options = extra_args["model_options"]
+        model_options["transformer_options"][SOURCE_RUN] = True
+        tapped = AttentionTap(self._trajectory.model, [self._listener]).install(model_options)
+        cond = leading_cond(model_wrap.conds["positive"], sigmas[0], "positive of Invert Video")
+        latent = self._trajectory.latents[self._step].to(noise)
+        predict(model_wrap.inner_model, latent, sigmas[0] * latent.new_ones(latent.shape[0]), cond, tapped)
+        return noise

@@ -1,0 +1,91 @@
+"""Block checkpointing: the same gradient, a fraction of the activations, nothing left behind."""
+
+import pytest
+import torch
+from spacetime_edit.core.relevance import matching_loss
+from spacetime_edit.host import relevance_matching
+from spacetime_edit.host.attention_tap import AttentionTap
+from spacetime_edit.host.checkpointing import checkpointed
+from spacetime_edit.host.families import attention_layers, family_of
+from spacetime_edit.host.features import FeatureRecorder
+from spacetime_edit.host.gradients import latent_gradient, predict
+from spacetime_edit.tests.host import support
+from spacetime_edit.tools.live_memory import PeakMemory
+
+FRAMES, SIDE = 3, 8
+
+
+def clip(seed, frames=FRAMES, side=SIDE):
+    return 2 * torch.randn(frames, 4, side, side, generator=torch.Generator().manual_seed(seed))
+
+
+def gradient(model, positive, latent, source=None, *, checkpoint, output=False, blocks=None):
+    """(loss, gradient, peak bytes) of the matching loss against `source`, and of the output if asked for."""
+
+    def run(guider, x, sigma, extra_args):
+        base, cond, options = guider.inner_model, guider.conds["positive"][0], extra_args["model_options"]
+        given = FeatureRecorder(blocks)
+        if source is not None:
+            tap = AttentionTap(model, [given], differentiable=True).install(options)
+            predict(base, source, sigma * source.new_ones(len(source)), cond, tap)
+        held = {path: relevance_matching._normal(f) for path, f in given.features.items()}
+        recorder = FeatureRecorder(blocks, None if output or not held else list(held)[-1])
+        tap = AttentionTap(model, [recorder], differentiable=True)
+
+        def loss(denoised):
+            value = sum(matching_loss(f, recorder.features[path]) for path, f in held.items())
+            return value + torch.tanh(denoised).double().mean() if output else value
+
+        def compute():
+            return latent_gradient(
+                base, x, sigma, cond, loss, model_options=tap.install(options), mutates=family_of(model).mutates
+            )
+
+        with PeakMemory() as peak:
+            if not checkpoint:
+                return *compute(), peak
+            with checkpointed(base.diffusion_model, family_of(model), tap, recorder):
+                return *compute(), peak
+
+    return support.at_one_sigma(support.guider_of(model, positive), latent, run)
+
+
+def compare(*args, **options):
+    plain = gradient(*args, checkpoint=False, **options)
+    lean = gradient(*args, checkpoint=True, **options)
+    assert lean[0] == pytest.approx(float(plain[0]), rel=1e-6)
+    return support.relative(lean[1], plain[1]), plain[2].peak / lean[2].peak
+
+
+@pytest.mark.parametrize("output", [False, True], ids=["ends after the last layer", "with the output"])
+def test_the_gradient_is_the_one_without(tiny, output):
+    error, _ = compare(tiny.model, support.encode(tiny), clip(0), clip(1), output=output)
+    assert error <= 1e-5
+
+
+def test_the_gradient_is_the_one_without_where_blocks_mutate():
+    with torch.inference_mode():
+        model = support.sd15_model()
+        error, _ = compare(model, support.sd15_conditioning(), clip(0), output=True)
+    assert error <= 1e-5
+
+
+def test_nothing_is_left_behind(tiny):
+    untouched = support.Untouched(tiny.model)
+    gradient(tiny.model, support.encode(tiny), clip(0), clip(1), checkpoint=True)
+    assert untouched.changed() == []
+
+
+def test_activations_at_eight_attention_blocks_shrink_to_a_third(tmp_path, tiny):
+    """Eight blocks with attention; matched are those below the finest grid."""
+    kinds = {
+        "down_block_types": ["CrossAttnDownBlock3D"] * 3,
+        "up_block_types": ["CrossAttnUpBlock3D"] * 2 + ["UpBlock3D"],
+    }
+    with torch.inference_mode():
+        model, positive = support.unet3d_model(tmp_path, **kinds), support.encode(tiny)
+        layers = attention_layers(model).values()
+        assert len({layer.block for layer in layers if layer.kind == "spatial"}) == 8
+        error, ratio = compare(model, positive, clip(0, 8, 16), clip(1, 8, 16))
+    assert error <= 1e-5
+    assert ratio >= 3, ratio
