@@ -8,21 +8,35 @@ async def comfy_entrypoint():
     from comfy_api.latest import ComfyExtension
 
     from .nodes.capture_score import CaptureSTRScore
+    from .nodes.cosine_curve import STRCosineCurve
     from .nodes.example_clip import LoadExampleClip
+    from .nodes.fit_clip import FitClipToModel
     from .nodes.invert_video import InvertVideo
     from .nodes.load_model import LoadVideoDiffusersModel
+    from .nodes.load_trajectory import LoadTrajectory
+    from .nodes.predict_cost import PredictCost
+    from .nodes.preview_relevance import PreviewRelevance
     from .nodes.sample_trajectory import SampleFromTrajectory
+    from .nodes.save_trajectory import SaveTrajectory
     from .nodes.str_optimizer import STRLatentOptimizer
+    from .nodes.sweep_lambda import SweepLambda
 
     class SpacetimeEdit(ComfyExtension):
         async def get_node_list(self):
             return [
                 LoadVideoDiffusersModel,
                 LoadExampleClip,
+                FitClipToModel,
                 InvertVideo,
+                SaveTrajectory,
+                LoadTrajectory,
+                PredictCost,
                 SampleFromTrajectory,
                 CaptureSTRScore,
+                PreviewRelevance,
                 STRLatentOptimizer,
+                SweepLambda,
+                STRCosineCurve,
             ]
 
     return SpacetimeEdit()

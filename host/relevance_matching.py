@@ -83,10 +83,15 @@ def check_window(start: float, end: float) -> None:
 
 @dataclass(frozen=True)
 class MatchedStep:
-    """What matching reports of a step: its place in the denoising and the cosine before each of its iterations."""
+    """What matching reports of a step: its place in the denoising and the cosine before each of its iterations.
+
+    memory: predicted bytes of its gradient beyond the weights; checkpointing: whether it kept no activations.
+    """
 
     percent: float
     cosines: tuple[float, ...]
+    memory: GradientMemory
+    checkpointing: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,7 +142,7 @@ class RelevanceMatching:
             rule=self.rule,
             iterations=self.iterations,
         )
-        step.run.records.append(MatchedStep(step.percent, tuple(matcher.cosines)))
+        step.run.records.append(MatchedStep(step.percent, tuple(matcher.cosines), run.memory, run.low_memory))
         return x
 
 
@@ -145,11 +150,12 @@ class RelevanceMatching:
 class _MatchingRun:
     """What is known of a run after its first step.
 
-    last_layer: where the model's forward may end. low_memory: keep no activations.
+    low_memory: keep no activations. last_layer: where the model's forward may end. memory: what a gradient takes.
     """
 
     low_memory: bool
     last_layer: str | None = None
+    memory: GradientMemory = GradientMemory(0, 0)
 
 
 class _Matcher:
@@ -224,7 +230,8 @@ class _Matcher:
         meter = ActivationMeter(run.base_model.diffusion_model, family_of(run.trajectory.model))
         with meter.open():
             recorder = self._record_source()
-        self._make_room(replace(meter.memory, loss=loss_memory(recorder.features.values())))
+        self._run.memory = replace(meter.memory, loss=loss_memory(recorder.features.values()))
+        self._make_room(self._run.memory)
         return recorder
 
     def _make_room(self, memory: GradientMemory) -> None:

@@ -12,7 +12,7 @@ from ..core.masks import as_frames
 from ..core.parametrization import noise_fraction
 from ..core.propagation import cross_frame_relevance, point_region, region_weight
 from ..core.trajectory import Trajectory
-from .attention_tap import AttentionCall, AttentionTap
+from .attention_tap import AttentionCall, AttentionTap, Listener
 from .families import attention_layers, select_blocks
 from .gradients import predict
 from .latents import frame_count
@@ -31,13 +31,18 @@ def relevance_of(region: Tensor, frame: int, trajectory: Trajectory, *, percent:
     place an object best. ValueError for layers that the model has not.
     """
     recorder = RelevanceRecorder(region, frame, _blocks(layers, trajectory.model))
+    show_to(recorder, trajectory, percent)
+    return recorder.relevance
+
+
+def show_to(listener: Listener, trajectory: Trajectory, percent: float) -> None:
+    """Runs the model once on the inverted latent nearest to `percent`; `listener` gets every attention call."""
+    step = nearest_step(trajectory, percent)
     guider = comfy.samplers.CFGGuider(trajectory.model)
     guider.inner_set_conds({"positive": trajectory.conditioning})
-    step = nearest_step(trajectory, percent)
     empty = torch.zeros(trajectory.shape)
-    sampler = _OneLook(trajectory, step, recorder)
+    sampler = _OneLook(trajectory, step, listener)
     guider.sample(empty, empty, sampler, trajectory.sigmas[step:], disable_pbar=True, seed=0)
-    return recorder.relevance
 
 
 def _blocks(layers: str, model) -> frozenset[str] | None:
@@ -143,7 +148,7 @@ class RelevanceRecorder:
 class _OneLook(comfy.samplers.Sampler):
     """Shows the model the trajectory's latent of one step, to a listener; samples nothing."""
 
-    def __init__(self, trajectory: Trajectory, step: int, listener: RelevanceRecorder):
+    def __init__(self, trajectory: Trajectory, step: int, listener: Listener):
         self._trajectory, self._step, self._listener = trajectory, step, listener
 
     def sample(

@@ -35,6 +35,29 @@ class CaptureSTRScore(io.ComfyNode):
                     tooltip="How many frames before and after a frame it is compared with. 0 compares all frames and "
                     "takes longer.",
                 ),
+                io.Combo.Input(
+                    "paths",
+                    options=["spatial-temporal", "temporal-spatial", "both", "concat"],
+                    default="spatial-temporal",
+                    advanced=True,
+                    tooltip="How pixels of two frames are related: through space, then time; the other way round; or "
+                    "both. concat is the plain baseline of the paper: the two attention maps side by side.",
+                ),
+                io.Combo.Input(
+                    "direction",
+                    options=["both ways", "one way"],
+                    default="both ways",
+                    advanced=True,
+                    tooltip="both ways: from a frame to its neighbour and back, which is the method's own choice. "
+                    "concat ignores it.",
+                ),
+                io.Boolean.Input(
+                    "per_pair",
+                    default=False,
+                    advanced=True,
+                    tooltip="Compare each pair of frames by itself, not the sum over a frame's neighbours. Holds less "
+                    "against jitter. concat ignores it.",
+                ),
             ],
             outputs=[
                 SCORE_TYPE.Output(display_name="STR score", tooltip="What to match, for the STR Latent Optimizer.")
@@ -48,7 +71,10 @@ class CaptureSTRScore(io.ComfyNode):
         return valid(parse_blocks, layers or "")
 
     @classmethod
-    def execute(cls, trajectory, layers, radius) -> io.NodeOutput:
+    def execute(
+        cls, trajectory, layers, radius, paths="spatial-temporal", direction="both ways", per_pair=False
+    ) -> io.NodeOutput:
         from ..host.relevance_matching import str_score_of
 
-        return io.NodeOutput(str_score_of(trajectory, layers, radius))
+        form = dict(paths=paths, bidirectional=direction == "both ways", per_pair=per_pair)
+        return io.NodeOutput(str_score_of(trajectory, layers, radius, **form))

@@ -35,6 +35,14 @@ class STRLatentOptimizer(io.ComfyNode):
                     tooltip="Step size in units of the latent's standard deviation, for 50 steps. Smaller follows the "
                     "new prompt more, larger keeps motion and background more. 0 is a plain prompt swap.",
                 ),
+                io.Combo.Input(
+                    "task",
+                    options=["change", "delete", "add"],
+                    default="change",
+                    tooltip="change: swap an object or its looks. delete, add: the number of objects changes inside "
+                    "the mask, so nothing in there is matched. Both need a mask: where the object is, or where it "
+                    "shall appear.",
+                ),
                 io.Float.Input(
                     "start_percent",
                     default=0.0,
@@ -69,6 +77,14 @@ class STRLatentOptimizer(io.ComfyNode):
                     tooltip="normalised: every step has the length lambda. adam: Adam with rate lambda, for several "
                     "iterations. plain: lambda times the raw gradient, which is tiny.",
                 ),
+                io.Combo.Input(
+                    "memory",
+                    options=["auto", "low"],
+                    default="auto",
+                    advanced=True,
+                    tooltip="low: compute activations again instead of keeping them, in a fraction of the memory and "
+                    "about a third slower. auto: only when memory is short.",
+                ),
             ],
             outputs=[io.Sampler.Output(display_name="sampler", tooltip="Connect it to SamplerCustomAdvanced.")],
         )
@@ -81,15 +97,11 @@ class STRLatentOptimizer(io.ComfyNode):
         return valid(check_window, start, 1.0 if end_percent is None else end_percent)
 
     @classmethod
-    def execute(
-        cls, score, strength, start_percent, end_percent, dilation, blend, iterations, step_rule, mask=None
-    ) -> io.NodeOutput:
+    def execute(cls, score, strength, dilation, blend, mask=None, *, start_percent, end_percent, step_rule, **settings):
         from ..host.relevance_matching import RelevanceMatching
         from ..host.sampling import TrajectorySampler
 
-        matching = RelevanceMatching(
-            score, strength, start=start_percent, end=end_percent, iterations=iterations, rule=step_rule
-        )
+        matching = RelevanceMatching(score, strength, start=start_percent, end=end_percent, rule=step_rule, **settings)
         sampler = TrajectorySampler(
             score.trajectory, mask=mask, dilation=dilation, blend_source=blend, before_step=[matching]
         )
