@@ -40,6 +40,21 @@ def latent_mask(mask: Tensor, frames: int, height: int, width: int, *, dilation:
     return to_latent_grid(dilate(mask, (tall, wide)), height, width)
 
 
+def redraw_inside(latent: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
+    """`latent` with the cells inside `mask` replaced by cells drawn at random from outside it, at the same noise level.
+
+    latent: (..., F, h, w); mask: (F, h, w), inside where it is above 0. A cell is drawn for all frames at once, from
+    where no frame is masked, so what the noise holds of motion over time stays whole. Without such a place the latent
+    comes back as it is.
+    """
+    inside = mask > 0
+    outside = (~inside.any(0)).flatten().nonzero()[:, 0]
+    if len(outside) == 0:
+        return latent
+    drawn = torch.randint(len(outside), inside.shape[1:], generator=generator).to(outside.device)
+    return torch.where(inside.to(latent.device), latent.flatten(-2)[..., outside[drawn].to(latent.device)], latent)
+
+
 def blend(source: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     """Target where mask is 1, source where it is 0 (both bit-exact), linear between. mask broadcasts."""
     return torch.lerp(source, target, mask.to(target))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..core.guidance import StepRule, descend
-from ..core.masks import to_latent_grid
+from ..core.masks import redraw_inside, to_latent_grid
 from ..core.relevance import BLOCK_ELEMENTS, AttentionFeatures, Paths, matching_loss
 from ..core.trajectory import Trajectory
 from .attention_tap import AttentionTap, until_enough_seen
@@ -18,6 +18,7 @@ from .checkpointing import checkpointed
 from .families import attention_layers, family_of, select_blocks
 from .features import FeatureRecorder
 from .gradients import latent_gradient, normal_tensor, predict
+from .latents import mask_like
 from .memory import ActivationMeter, GradientMemory, loss_memory
 from .sampling import Step
 
@@ -33,6 +34,10 @@ SMALL_BLOCK = 1 / 8
 """Size of the score's blocks, against the usual, when memory is short."""
 
 Task = Literal["change", "delete", "add"]
+
+NEW_CONTENT: tuple[Task, ...] = ("delete", "add")
+"""Tasks for which nothing inside the mask is to be matched."""
+
 MemoryMode = Literal["auto", "low"]
 
 
@@ -99,8 +104,9 @@ class RelevanceMatching:
     """Moves the target latent so that its STR score matches the source's, before the prediction of each step.
 
     strength: lambda for 50 steps. start, end: percent of denoising in [0, 1] where it acts. task: "delete" and "add"
-    leave what lies inside the mask out of the score, so that nothing there must be matched. memory: "low" keeps no
-    activations (block checkpointing) and forms the score in small blocks; "auto" does so when memory is short.
+    leave what lies inside the mask out of the score, so that nothing there must be matched, and move the latent outside
+    it only. memory: "low" keeps no activations (block checkpointing) and forms the score in small blocks; "auto" does
+    so when memory is short.
     """
 
     score: STRScore
@@ -123,7 +129,7 @@ class RelevanceMatching:
 
     def check(self, mask: Tensor | None) -> None:
         """ValueError where the task needs a mask and there is none."""
-        if mask is None and self.task != "change":
+        if mask is None and self.task in NEW_CONTENT:
             raise ValueError(
                 f"mask: the task is {self.task!r}, but no mask is connected; connect one that is 1 where the object "
                 f"{'is' if self.task == 'delete' else 'shall appear'}"
@@ -146,6 +152,18 @@ class RelevanceMatching:
         return x
 
 
+def redraw_noise(x: Tensor, step: Step) -> Tensor:
+    """Before-step function for NEW_CONTENT: begins inside the mask from noise that holds nothing of the source there.
+
+    Inverted noise remembers the object it was inverted from. The new noise follows the seed of the run.
+    """
+    if step.index > 0:
+        return x
+    frames_last = x.movedim(0, 1) if x.ndim == 4 else x  # (C, F, h, w) or (1, C, F, h, w)
+    redrawn = redraw_inside(frames_last, step.mask, torch.Generator().manual_seed(step.run.seed))
+    return redrawn.movedim(1, 0) if x.ndim == 4 else redrawn
+
+
 @dataclass
 class _MatchingRun:
     """What is known of a run after its first step.
@@ -166,7 +184,7 @@ class _Matcher:
         self.cosines: list[float] = []
         recorder = self._first_look() if run.last_layer is None else self._record_source()
         self._source, self._grids = {path: _normal(f) for path, f in recorder.features.items()}, recorder.grids
-        self._weights = self._hidden_inside_mask() if matching.task != "change" else {}
+        self._weights = self._hidden_inside_mask() if matching.task in NEW_CONTENT else {}
 
     def gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(loss, d loss / d x); where memory runs out, once more with as little of it as there is a way to."""
@@ -177,6 +195,8 @@ class _Matcher:
                 raise
             loss, gradient = self._retry(x)
         self.cosines.append(-float(loss))
+        if self._matching.task in NEW_CONTENT:  # what still reaches the inside comes by the network's receptive field
+            gradient = gradient * (1 - mask_like(self._step.mask, gradient))
         return loss, gradient
 
     def _retry(self, x: Tensor) -> tuple[Tensor, Tensor]:

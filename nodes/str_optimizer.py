@@ -40,8 +40,8 @@ class STRLatentOptimizer(io.ComfyNode):
                     options=["change", "delete", "add"],
                     default="change",
                     tooltip="change: swap an object or its looks. delete, add: the number of objects changes inside "
-                    "the mask, so nothing in there is matched. Both need a mask: where the object is, or where it "
-                    "shall appear.",
+                    "the mask, which begins from new noise (by the seed), and nothing in there is matched. Both need a "
+                    "mask: where the object is, or where it shall appear.",
                 ),
                 io.Float.Input(
                     "start_percent",
@@ -98,11 +98,12 @@ class STRLatentOptimizer(io.ComfyNode):
 
     @classmethod
     def execute(cls, score, strength, dilation, blend, mask=None, *, start_percent, end_percent, step_rule, **settings):
-        from ..host.relevance_matching import RelevanceMatching
+        from ..host.relevance_matching import NEW_CONTENT, RelevanceMatching, redraw_noise
         from ..host.sampling import TrajectorySampler
 
         matching = RelevanceMatching(score, strength, start=start_percent, end=end_percent, rule=step_rule, **settings)
+        before_step = [redraw_noise, matching] if matching.task in NEW_CONTENT else [matching]
         sampler = TrajectorySampler(
-            score.trajectory, mask=mask, dilation=dilation, blend_source=blend, before_step=[matching]
+            score.trajectory, mask=mask, dilation=dilation, blend_source=blend, before_step=before_step
         )
         return io.NodeOutput(sampler)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from spacetime_edit.core.masks import as_frames, blend, dilate, latent_mask, to_latent_grid
+from spacetime_edit.core.masks import as_frames, blend, dilate, latent_mask, redraw_inside, to_latent_grid
 
 FRAMES, HEIGHT, WIDTH, CELL = 3, 6, 10, 8
 SOURCE = (HEIGHT * CELL, WIDTH * CELL)
@@ -91,3 +91,30 @@ def test_blend_is_exact_where_the_mask_is_0_or_1():
     mask = torch.rand(4, 5, 6).round()
     assert torch.equal(blend(source, target, mask), torch.where(mask == 1, target, source))
     assert torch.allclose(blend(source, target, torch.tensor(0.25)), 0.75 * source + 0.25 * target, atol=1e-6)
+
+
+def test_redrawn_cells_come_from_outside_the_same_place_in_every_frame():
+    frames, side = 3, 6
+    latent = torch.arange(4 * frames * side * side, dtype=torch.float64).view(4, frames, side, side)
+    mask = torch.zeros(frames, side, side)
+    for i in range(frames):
+        mask[i, 1:4, i : i + 3] = 1
+    redrawn = redraw_inside(latent, mask, torch.Generator().manual_seed(0))
+    inside = (mask > 0).expand_as(latent)
+    assert torch.equal(redrawn[~inside], latent[~inside])
+    cells = latent.view(4, frames, -1)
+    outside = set((mask.amax(0) == 0).flatten().nonzero()[:, 0].tolist())
+    origin = redrawn.view(4, frames, -1) - cells[:, :, :1]  # which cell of its frame and channel
+    for frame, cell in (mask.flatten(1) > 0).nonzero().tolist():
+        places = set(origin[:, frame, cell].tolist())
+        assert len(places) == 1 and places <= outside
+    place = origin[0].where(mask.flatten(1) > 0, torch.nan)
+    shared = [{p for p in place[:, cell].tolist() if p == p} for cell in range(side * side)]
+    assert max(len(places) for places in shared) == 1
+    assert torch.equal(redraw_inside(latent, mask, torch.Generator().manual_seed(0)), redrawn)
+    assert not torch.equal(redraw_inside(latent, mask, torch.Generator().manual_seed(1)), redrawn)
+
+
+def test_nothing_outside_leaves_nothing_to_draw_from():
+    latent = torch.randn(4, 2, 3, 3)
+    assert torch.equal(redraw_inside(latent, torch.ones(2, 3, 3), torch.Generator()), latent)

@@ -1,0 +1,297 @@
+"""Options, tasks, memory and records of STR matching in real runs of the embedded model."""
+
+import logging
+from time import perf_counter
+
+import comfy.model_management as management
+import comfy.samplers
+import pytest
+import torch
+from spacetime_edit.host import relevance_matching
+from spacetime_edit.host.cost import Plan, predict_cost
+from spacetime_edit.host.relevance_matching import RelevanceMatching, redraw_noise, str_score_of
+from spacetime_edit.host.sampling import TrajectorySampler, invert
+from spacetime_edit.tests.host import support
+from spacetime_edit.tests.host.test_checkpointing import gradient
+from spacetime_edit.tools.live_memory import PeakMemory
+
+FRAMES, SIDE, STEPS = 3, 8, 2
+FORMS = {
+    "temporal first": dict(paths="temporal-spatial"),
+    "both paths": dict(paths="both"),
+    "concat": dict(paths="concat"),
+    "one way": dict(bidirectional=False),
+    "per pair": dict(per_pair=True),
+    "all frames": dict(radius=0),
+}
+
+
+@pytest.fixture(scope="module")
+def edit(tiny):
+    with torch.inference_mode():
+        return support.encode(tiny, support.EDIT_PROMPT)
+
+
+@pytest.fixture(scope="module")
+def trajectory(tiny):
+    with torch.inference_mode():
+        latent = torch.randn(FRAMES, 4, SIDE, SIDE, generator=torch.Generator().manual_seed(3))
+        sampling = tiny.model.get_model_object("model_sampling")
+        sigmas = comfy.samplers.calculate_sigmas(sampling, "simple", STEPS)
+        return invert(tiny.model, support.encode(tiny), latent, sigmas, refinements=0)
+
+
+def sampler(trajectory, form=None, mask=None, strength=0.002, **options):
+    matching = RelevanceMatching(str_score_of(trajectory, **(form or {})), strength, **options)
+    return TrajectorySampler(trajectory, mask=mask, before_step=[matching])
+
+
+def run(sampler, positive, noise_mask=None):
+    trajectory = sampler.trajectory
+    guider = support.guider_of(trajectory.model, positive)
+    zeros = torch.zeros(trajectory.shape)
+    return guider.sample(zeros, zeros, sampler, trajectory.sigmas, noise_mask, disable_pbar=True, seed=7)
+
+
+def left_half():
+    mask = torch.zeros(1, SIDE, SIDE)
+    mask[:, :, : SIDE // 2] = 1
+    return mask
+
+
+def watched(monkeypatch, function):
+    """Replaces matching_loss by `function(loss, *args, **options)`."""
+    original = relevance_matching.matching_loss
+    monkeypatch.setattr(relevance_matching, "matching_loss", lambda *a, **k: function(original, *a, **k))
+
+
+# options
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
+def test_every_form_of_the_score_reaches_the_loss_and_changes_the_edit(trajectory, edit, monkeypatch, form):
+    seen = []
+    watched(monkeypatch, lambda loss, *a, **k: seen.append(k) or loss(*a, **k))
+    result = run(sampler(trajectory, form), edit)
+    assert torch.isfinite(result).all()
+    assert all(form.items() <= options.items() for options in seen)
+    assert not torch.equal(result, run(sampler(trajectory), edit))
+
+
+@pytest.mark.parametrize("task", ["delete", "add"])
+def test_inside_the_mask_nothing_is_matched(trajectory, edit, monkeypatch, task):
+    """The weight of every layer is 0 on the mask's tokens and 1 on the others."""
+    weights = []
+    watched(monkeypatch, lambda loss, *a, **k: weights.append(k["weight"]) or loss(*a, **k))
+    run(sampler(trajectory, mask=left_half(), task=task), edit)
+    assert weights
+    for weight in weights:
+        side = int(weight.shape[1] ** 0.5)
+        rows = weight.view(FRAMES, side, side)
+        assert (rows[:, :, : side // 2] == 0).all() and (rows[:, :, side // 2 :] == 1).all()
+
+
+def test_the_latent_moves_outside_the_mask_only(trajectory, edit):
+    """The blend would hide what the step did outside, so the step is asked directly."""
+    moves = []
+
+    def watch(x, step):
+        moves.append((x.clone(), matched(x, step)))
+        return moves[-1][1]
+
+    matched = RelevanceMatching(str_score_of(trajectory), 0.01, task="delete")
+    run(TrajectorySampler(trajectory, mask=left_half(), before_step=[watch]), edit)
+    for before, after in moves:
+        left, right = slice(None, SIDE // 2), slice(SIDE // 2, None)
+        assert torch.equal(before[..., left], after[..., left])
+        assert not torch.equal(before[..., right], after[..., right])
+
+
+def test_new_noise_inside_the_mask_follows_the_seed_of_the_run(trajectory, edit):
+    starts = []
+
+    def watch(x, step):
+        starts.append(x.clone())
+        return x
+
+    redrawn = TrajectorySampler(trajectory, mask=left_half(), before_step=[redraw_noise, watch])
+    first, second = run(redrawn, edit), run(redrawn, edit)
+    assert torch.equal(first, second)
+    start, source = starts[0], trajectory.latents[0]
+    assert torch.equal(start[..., SIDE // 2 :], source[..., SIDE // 2 :])
+    assert not torch.equal(start[..., : SIDE // 2], source[..., : SIDE // 2])
+    drawn_from = source[..., SIDE // 2 :].flatten(2)
+    for frame, row in enumerate(start[..., : SIDE // 2].flatten(2)):
+        assert torch.isin(row, drawn_from[frame]).all()
+    assert torch.equal(starts[1], starts[1 + STEPS]), "later steps are left alone"
+
+
+def test_change_matches_inside_the_mask_too(trajectory, edit, monkeypatch):
+    weights = []
+    watched(monkeypatch, lambda loss, *a, **k: weights.append(k["weight"]) or loss(*a, **k))
+    run(sampler(trajectory, mask=left_half()), edit)
+    assert set(weights) == {None}
+
+
+def test_the_task_takes_the_mask_that_the_latent_carries(trajectory, edit):
+    on_node = run(sampler(trajectory, mask=left_half(), task="delete"), edit)
+    noise_mask = left_half()[:, None].expand(FRAMES, 1, -1, -1)
+    assert torch.equal(run(sampler(trajectory, task="delete"), edit, noise_mask), on_node)
+
+
+@pytest.mark.parametrize(("task", "where"), [("delete", "object is"), ("add", "shall appear")])
+def test_a_task_without_a_mask_is_refused_before_the_model_runs(trajectory, edit, monkeypatch, task, where):
+    monkeypatch.setattr(relevance_matching, "predict", lambda *_: pytest.fail("the model ran"))
+    with pytest.raises(ValueError, match=f"^mask: the task is '{task}', but no mask is connected; .*{where}"):
+        run(sampler(trajectory, task=task), edit)
+
+
+def test_a_mask_of_everything_leaves_delete_nothing_to_match(trajectory, edit):
+    """The gradient is 0, not NaN: the edit is the plain prompt swap."""
+    result = run(sampler(trajectory, mask=torch.ones(1, SIDE, SIDE), task="delete"), edit)
+    assert torch.equal(result, run(TrajectorySampler(trajectory), edit))
+
+
+# records
+
+
+def test_a_run_is_remembered_by_what_it_made(trajectory, edit, tiny):
+    matched = sampler(trajectory, iterations=2)
+    first = run(matched, edit)
+    other = run(matched, support.encode(tiny))
+    for result in (first, other):
+        records = matched.records_of(result)
+        assert [len(record.cosines) for record in records] == [2] * STEPS
+        assert [record.percent for record in records] == pytest.approx([0, 0.5], abs=2e-3)
+        assert all(0 < cosine <= 1 + 1e-6 for record in records for cosine in record.cosines)
+    assert matched.records_of(first)[0] is not matched.records_of(other)[0]
+    assert matched.records_of(first + 1) is None
+    assert matched.replaced(matched.before_step).records_of(first) is None
+
+
+def test_the_recorded_cosines_rise_within_a_step(trajectory, edit):
+    matched = sampler(trajectory, strength=2e-4, iterations=4, start=0.4)
+    (record,) = matched.records_of(run(matched, edit))
+    assert list(record.cosines) == sorted(record.cosines)
+
+
+# memory
+
+
+def test_low_memory_gives_the_same_edit(trajectory, edit):
+    """Rounding apart, which later steps amplify."""
+    plain, lean = (run(sampler(trajectory, memory=memory), edit) for memory in ("auto", "low"))
+    assert not torch.equal(plain, lean), "the blocks did not run again"
+    assert support.relative(lean, plain) <= 1e-4
+
+
+def test_short_memory_turns_checkpointing_on(trajectory, edit, monkeypatch, caplog):
+    monkeypatch.setattr(management, "get_free_memory", lambda *_: 10_000_000)
+    matched = sampler(trajectory)
+    with caplog.at_level(logging.INFO, "spacetime_edit"):
+        result = run(matched, edit)
+    assert "keeps no activations" in caplog.text
+    assert all(record.checkpointing for record in matched.records_of(result))
+    assert torch.equal(result, run(sampler(trajectory, memory="low"), edit))
+
+
+def test_the_host_is_asked_once_for_the_memory_of_the_gradient(trajectory, edit, monkeypatch):
+    asked = []
+    load = management.load_models_gpu
+    note = lambda models, memory_required=0, **k: asked.append((models, memory_required))  # noqa: E731
+    monkeypatch.setattr(management, "load_models_gpu", lambda *a, **k: (note(*a, **k), load(*a, **k)))
+    before = support.Untouched(trajectory.model)
+    matched = sampler(trajectory)
+    records = matched.records_of(run(matched, edit))
+    amounts = [amount for _, amount in asked if amount == records[0].memory.total(checkpointing=False)]
+    assert len(amounts) == 1
+    assert before.changed() == []
+
+
+def out_of_memory_at(calls):
+    """A matching loss that runs out of memory at these calls."""
+    count = iter(range(1_000_000))
+
+    def fail(loss, *args, **options):
+        if next(count) in calls:
+            raise torch.OutOfMemoryError("out of memory")
+        return loss(*args, **options)
+
+    return fail
+
+
+def test_out_of_memory_is_retried_once_with_less(trajectory, edit, monkeypatch, caplog):
+    watched(monkeypatch, out_of_memory_at({0}))
+    result = run(sampler(trajectory), edit)
+    assert "out of memory; once more without kept activations" in caplog.text
+    monkeypatch.undo()
+    assert torch.equal(result, run(sampler(trajectory, memory="low"), edit))
+
+
+@pytest.mark.parametrize("memory", ["auto", "low"])
+def test_out_of_memory_for_good_names_what_to_lower(trajectory, edit, monkeypatch, memory):
+    before = support.Untouched(trajectory.model)
+    watched(monkeypatch, out_of_memory_at(range(1000)))
+    with pytest.raises(RuntimeError, match="out of memory, also without kept.*frames.*size.*layers.*reserve-vram"):
+        run(sampler(trajectory, memory=memory), edit)
+    assert before.changed() == []
+
+
+def test_other_errors_are_not_taken_for_memory(trajectory, edit, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("shapes differ")
+
+    watched(monkeypatch, fail)
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        run(sampler(trajectory), edit)
+
+
+@pytest.mark.parametrize("checkpoint", [False, True], ids=["plain", "checkpointed"])
+@pytest.mark.parametrize(("frames", "side"), [(8, 16), (16, 16)])
+def test_predicted_memory_of_a_gradient(tiny, frames, side, checkpoint):
+    """Within a third of what lives at the peak, and rather above it than below where memory is short."""
+    source, target = (
+        2 * torch.randn(frames, 4, side, side, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)
+    )
+    measured = gradient(tiny.model, support.encode(tiny), target, source, checkpoint=checkpoint)[2].peak
+    cost = predict_cost(tiny.model, support.encode(tiny), source, Plan(steps=5))
+    predicted = cost.gradient.total(checkpointing=checkpoint)
+    assert 0.9 <= predicted / measured <= 1.34
+
+
+def test_a_whole_edit_keeps_only_the_trajectory(tiny, edit, trajectory):
+    """Live bytes after a run: the latents and nothing of any step."""
+    matched = sampler(trajectory)
+    run(matched, edit)  # what the host keeps after its first run is kept once
+    with PeakMemory() as memory:
+        result = run(matched, edit)
+    made = result.numel() * 4
+    assert memory.live <= 3 * made + 4096
+
+
+# cost
+
+
+def test_predicted_cost_counts_steps_and_bytes(tiny):
+    latent = torch.randn(FRAMES, 4, SIDE, SIDE)
+    before = support.Untouched(tiny.model)
+    costs = {
+        name: predict_cost(tiny.model, support.encode(tiny), latent, Plan(steps=20, **options), "simple")
+        for name, options in {"half": dict(end=0.499), "none": dict(matching=False), "all": {}}.items()
+    }
+    assert [costs[name].matched_steps for name in costs] == [10, 0, 20]
+    assert costs["none"].gradient is None and costs["none"].steps == 20
+    assert costs["all"].trajectory == 21 * latent.numel() * 4
+    assert costs["none"].edit_seconds < costs["half"].edit_seconds < costs["all"].edit_seconds
+    assert before.changed() == []
+
+
+def test_predicted_seconds_are_near_those_of_a_run(tiny, trajectory, edit):
+    """Within a factor of two, on a machine that may be busy."""
+    cost = predict_cost(tiny.model, edit, torch.randn(trajectory.shape), Plan(steps=10, prompts=1), "simple")
+    sampling = tiny.model.get_model_object("model_sampling")
+    sigmas = comfy.samplers.calculate_sigmas(sampling, "simple", 10)
+    start = perf_counter()
+    longer = invert(tiny.model, support.encode(tiny), torch.randn(trajectory.shape), sigmas)
+    run(sampler(longer), edit)
+    assert 0.5 <= cost.seconds / (perf_counter() - start) <= 2
