@@ -60,7 +60,7 @@ class PreviewRelevance(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "threshold",
-                    default=0.25,
+                    default=0.22,
                     min=0.01,
                     max=1.0,
                     step=0.01,

@@ -8,6 +8,7 @@ import { app } from "../../../scripts/app.js";
 const NODE = "STE_PreviewRelevance";
 const CANVAS_PREVIEW = "$$canvas-image-preview";
 const BUTTON = { side: 30, inset: 40, top: 10 }; // the canvas preview's own buttons: 1/8 and x, in its pixels
+const DRAG = 6; // pixels
 const CAPTION = 15; // height of the size written under a picture
 
 /** Where a picture lies that is shown whole and centred in a box: [x, y, width, height]. */
@@ -73,8 +74,11 @@ function frameOf(image) {
   return Math.max(-1, ...found);
 }
 
+let pressed = [0, 0]; // where the pointer went down, to tell a click from the end of a drag
+
 /** A click on a preview that is a part of the page (Nodes 2.0). */
 function onPageClick(event) {
+  if (Math.hypot(event.clientX - pressed[0], event.clientY - pressed[1]) > DRAG) return;
   const element = event.target.closest?.("[data-node-id]");
   const node = element && app.canvas.graph?.getNodeById(element.dataset.nodeId);
   if (node?.comfyClass !== NODE) return;
@@ -91,6 +95,7 @@ function onPageClick(event) {
 app.registerExtension({
   name: "spacetime_edit.preview_relevance",
   setup() {
+    document.addEventListener("pointerdown", (event) => (pressed = [event.clientX, event.clientY]), { capture: true });
     document.addEventListener("click", onPageClick, { capture: true });
   },
   nodeCreated(node) {
