@@ -2,216 +2,314 @@
 
     python tools/build_workflows.py && python tools/export_api.py && python tools/build_thumbnails.py
 
-Node definitions come from a live server, so that sockets and widgets are those of the host.
+Node definitions come from a live server, so that sockets and widgets are those of the host. What the notes say is in
+`template_notes`.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
+import template_settings as use
 from graphs import Graph, Node, Output
 from pack import host_path
 from server import LiveServer
+from template_notes import ABOUT, TRY
 from templates import WORKFLOWS
 
-TINY_MODEL = "embedded tiny model"
-TINY_CLIP = "clip_00 - a red circle on a gray background"
-TINY_EDIT = 2  # red circle -> red square
-TINY_STEPS = 20
-TINY_CFG = 4.0
-TINY_LAMBDA = 0.08
-TINY_END = 0.8
-TINY_DILATION = 4.0
 
-ZEROSCOPE = "zeroscope_v2_576w"
-ZEROSCOPE_URL = "https://huggingface.co/cerspense/zeroscope_v2_576w"
-ZEROSCOPE_SIZE = (576, 320)
-ZEROSCOPE_FRAMES = 16
+class Source(NamedTuple):
+    """An inverted clip: what every edit of it needs. trajectory: the node that has it, with its sigmas."""
 
+    model: Node
+    latent: Output
+    trajectory: Node
+
+
+MaskMaker = Callable[[Graph, Source, Node], Output]
 
 # --- the templates ----------------------------------------------------
 
 
-def tiny(graph: Graph, method: str) -> None:
-    """Red circle to red square by one of METHODS, on the embedded model and clip."""
-    graph.group("Load")
-    model = graph.add("STE_LoadVideoDiffusersModel", model_name=TINY_MODEL)
-    clip = graph.add("STE_LoadExampleClip", clip=TINY_CLIP, edit=TINY_EDIT)
-    latent, trajectory = invert(graph, model, clip["images"], clip["source_prompt"], TINY_STEPS)
+def tiny(
+    graph: Graph,
+    name: str,
+    *,
+    clip: str = use.ONE_OBJECT,
+    prompt: str | None = None,
+    mask: MaskMaker | None = None,
+    task: str = "change",
+    matching: bool = True,
+    dilation: float = use.TINY_DILATION,
+) -> tuple[Node, Node]:
+    """One edit on the embedded model, by default red circle to red square; its sampler and its latent.
 
-    positive, negative = prompts(graph, model, clip["edit_prompt"])
-    mask = {"mask": clip["mask_1"]} if method == "mask" else {}
-    if method == "swap":
-        sampler = graph.add("STE_SampleFromTrajectory", trajectory=trajectory["trajectory"], dilation=TINY_DILATION)
+    prompt: of the edit, by default the clip's own; matching: by STR-Match, else a prompt swap.
+    """
+    model, clip = load(graph, clip)
+    source = invert(graph, model, clip["images"], clip["source_prompt"], use.TINY_STEPS)
+    where = {"dilation": dilation, **({"mask": mask(graph, source, clip)} if mask else {})}
+    conds = prompts(graph, model, prompt or clip["edit_prompt"])
+    if matching:
+        sampler = str_sampler(graph, source.trajectory, task=task, **{**use.TINY_MATCHING, **where})
     else:
-        score = graph.add("STE_CaptureSTRScore", trajectory=trajectory["trajectory"])
-        options = {"strength": TINY_LAMBDA, "end_percent": TINY_END, "dilation": TINY_DILATION, **mask}
-        sampler = graph.add("STE_STRLatentOptimizer", score=score["STR score"], **options)
-    edit = sample(graph, model, positive, negative, sampler, trajectory, latent, TINY_CFG)
+        sampler = graph.add("STE_SampleFromTrajectory", trajectory=source.trajectory["trajectory"], **where)
+    seed = None if task == "change" else use.SEED
+    edit = sample(graph, source, conds, sampler["sampler"], use.TINY_CFG, seed)
+    edited = result(graph, model, edit)
+    save(graph, clip["images"], clip["fps"], edited, name)
+    return sampler, edit
 
-    prefix = f"spacetime_edit/{METHODS[method]}"
-    graph.add("SaveImage", title="Save the edited frames", images=edit["IMAGE"], filename_prefix=prefix)
+
+def with_curve(graph: Graph, name: str) -> None:
+    """The same with a chart of how the match went."""
+    sampler, edit = tiny(graph, name)
+    chart = graph.add("STE_STRCosineCurve", sampler=sampler["sampler"], latent=edit["output"])
+    graph.add("PreviewImage", title="Match, step by step", images=chart["chart"])
+
+
+def several(graph: Graph, name: str) -> None:
+    """Two objects of one clip, the second edit on the latent of the first."""
+    model, clip = load(graph, use.SEVERAL_CLIP)
+    source = invert(graph, model, clip["images"], clip["source_prompt"], use.TINY_STEPS)
+    conds = prompts(graph, model, use.SEVERAL_PROMPTS[0], group="Edit the left object")
+    sampler = str_sampler(graph, source.trajectory, **use.TINY_MATCHING, mask=clip["mask_1"])
+    first = sample(graph, source, conds, sampler["sampler"], use.TINY_CFG)
+
+    graph.group("Invert the edit")
+    trajectory = inversion(graph, model, conds[0], first["output"], use.TINY_STEPS)
+    source = Source(model, first["output"], trajectory)
+    conds = prompts(graph, model, use.SEVERAL_PROMPTS[1], group="Edit the right object")
+    sampler = str_sampler(graph, source.trajectory, **use.TINY_MATCHING, mask=clip["mask_2"])
+    second = sample(graph, source, conds, sampler["sampler"], use.TINY_CFG)
+    save(graph, clip["images"], clip["fps"], result(graph, model, second), name)
+
+
+def compare_lambdas(graph: Graph, name: str) -> None:
+    """Four lambdas in one run, as labelled films in a square beside the clip."""
+    model, clip = load(graph, use.ONE_OBJECT, use.NEW_COLOR)
+    source = invert(graph, model, clip["images"], clip["source_prompt"], use.TINY_STEPS)
+    conds = prompts(graph, model, clip["edit_prompt"])
+    sampler = str_sampler(graph, source.trajectory, **use.TINY_MATCHING)
+    sweep = graph.add("STE_SweepLambda", sampler=sampler["sampler"], lambdas=use.COMPARED_LAMBDAS)
+    edits = result(graph, model, sample(graph, source, conds, sweep["samplers"], use.TINY_CFG))
+    large = graph.add("ImageScaleBy", image=edits, upscale_method="nearest-exact", scale_by=4.0)
+    text = {"text": sweep["labels"], "font_size": 12.0, "position": "bottom"}
+    labelled = graph.add("TextOverlay", images=large["IMAGE"], **text)
     graph.column()
-    pair = graph.add("ImageStitch", title="Clip | edit", image1=clip["images"], image2=edit["IMAGE"])
-    large = graph.add("ImageScaleBy", image=pair["IMAGE"], upscale_method="nearest-exact", scale_by=4.0)
-    film = {"images": large["IMAGE"], "fps": clip["fps"], "filename_prefix": f"{prefix}_film"}
-    graph.add("SaveAnimatedWEBP", title="Film: clip | edit", **film)
+    square = {"final_width": 8 * use.TINY_SIDE, "final_height": 8 * use.TINY_SIDE, "overlap": 0}
+    films = graph.add("ImageMergeTileList", title="Two by two", image_list=labelled["images"], **square)
+    images = graph.add("ImageScaleBy", image=clip["images"], upscale_method="nearest-exact", scale_by=8.0)
+    pair = graph.add("ImageStitch", title="Clip | edits", image1=images["IMAGE"], image2=films["IMAGE"])
+    graph.column()
+    film = {"images": pair["IMAGE"], "fps": clip["fps"], "filename_prefix": f"spacetime_edit/{name}_film"}
+    graph.add("SaveAnimatedWEBP", title="Film: clip | edits", **film)
+
+
+def add(graph: Graph, name: str) -> None:
+    """A clip of two objects, one painted over, and another that comes in its place."""
+    model, clip = load(graph, use.ADD_CLIP)
+    graph.group("A clip of one object")
+    where = graph.add("GrowMask", mask=clip["mask_2"], expand=4)
+    side = {"width": use.TINY_SIDE, "height": use.TINY_SIDE}
+    gray = graph.add("SolidMask", title="Its background", value=use.ADD_GRAY, **side)
+    paint = graph.add("MaskToImage", mask=gray["MASK"])
+    layers = {"destination": clip["images"], "source": paint["IMAGE"], "mask": where["MASK"]}
+    images = graph.add("ImageCompositeMasked", title="Paint one over", **layers)["IMAGE"]
+    source = invert(graph, model, images, use.ADD_SOURCE, use.TINY_STEPS)
+    conds = prompts(graph, model, use.ADD_PROMPT)
+    settings = {**use.TINY_MATCHING, "start_percent": use.ADD_START, "task": "add", "mask": clip["mask_2"]}
+    sampler = str_sampler(graph, source.trajectory, **settings)
+    edit = sample(graph, source, conds, sampler["sampler"], use.TINY_CFG)
+    save(graph, images, clip["fps"], result(graph, model, edit), name)
+
+
+def save_and_load(graph: Graph, name: str) -> None:
+    """An edit whose inversion is saved, and the same edit from the file, muted until there is one."""
+    model, clip = load(graph, use.ONE_OBJECT)
+    conds = prompts(graph, model, clip["edit_prompt"], group="Prompts and latent")
+    positive, latent = encode(graph, model, clip["images"], clip["source_prompt"])
+
+    graph.group("Today: invert, save, edit")
+    trajectory = inversion(graph, model, positive, latent["LATENT"], use.TINY_STEPS)
+    prefix = "trajectories/red_circle"
+    graph.add("STE_SaveTrajectory", trajectory=trajectory["trajectory"], filename_prefix=prefix)
+    graph.column()
+    sampler = str_sampler(graph, trajectory, **use.TINY_MATCHING)
+    source = Source(model, latent["LATENT"], trajectory)
+    edit = sample(graph, source, conds, sampler["sampler"], use.TINY_CFG)
+    graph.column()
+    edited = graph.add("VAEDecode", samples=edit["output"], vae=model["VAE"])
+    save(graph, clip["images"], clip["fps"], edited["IMAGE"], name)
+
+    graph.group("Another day: edit from the file (muted)", muted=True)
+    before = {"model": model["MODEL"], "positive": positive["CONDITIONING"], "latent": latent["LATENT"]}
+    loaded = graph.add("STE_LoadTrajectory", "Choose your file", **before)
+    sampler = str_sampler(graph, loaded, **use.TINY_MATCHING)
+    edit = sample(graph, source._replace(trajectory=loaded), conds, sampler["sampler"], use.TINY_CFG)
+    edited = graph.add("VAEDecode", samples=edit["output"], vae=model["VAE"])
+    graph.column()
+    graph.add("PreviewImage", title="The same edit, without inverting", images=edited["IMAGE"])
 
 
 def zeroscope(graph: Graph) -> None:
     """STR-Match on real weights and a clip of the user's."""
-    width, height = ZEROSCOPE_SIZE
     graph.group("Load")
-    model = graph.add("STE_LoadVideoDiffusersModel", model_name=ZEROSCOPE)
-    model.models = [{"name": ZEROSCOPE, "url": ZEROSCOPE_URL, "directory": "diffusers"}]
+    model = graph.add("STE_LoadVideoDiffusersModel", model_name=use.ZEROSCOPE)
+    model.models = [{"name": use.ZEROSCOPE, "url": use.ZEROSCOPE_URL, "directory": "diffusers"}]
     file = graph.add("LoadVideo", title="Your clip: choose a file", file="")
     graph.column()
     parts = graph.add("GetVideoComponents", video=file["VIDEO"])
-    title = f"The first {ZEROSCOPE_FRAMES} frames"
-    frames = graph.add("ImageFromBatch", title=title, image=parts["images"], length=ZEROSCOPE_FRAMES)
-    size = {"upscale_method": "lanczos", "width": width, "height": height, "crop": "center"}
-    clip = graph.add("ImageScale", title=f"{width} x {height} pixels", image=frames["IMAGE"], **size)
-    latent, trajectory = invert(graph, model, clip["IMAGE"], "a red car drives along a road", 50)
+    size = {"max_frames": use.ZEROSCOPE_FRAMES, "max_side": use.ZEROSCOPE_SIDE}
+    clip = graph.add("STE_FitClipToModel", images=parts["images"], model=model["MODEL"], **size)
+    graph.group("Encode")
+    positive, latent = encode(graph, model, clip["images"], "a red car drives along a road")
+    graph.group("What it will cost")
+    plan = {"model": model["MODEL"], "positive": positive["CONDITIONING"], "latent": latent["LATENT"], "steps": 50}
+    graph.add("STE_PredictCost", **plan)
+    graph.group("Invert")
+    trajectory = inversion(graph, model, positive, latent["LATENT"], 50)
+    prefix = "trajectories/zeroscope"
+    graph.add("STE_SaveTrajectory", trajectory=trajectory["trajectory"], filename_prefix=prefix)
+    source = Source(model, latent["LATENT"], trajectory)
 
-    positive, negative = prompts(graph, model, "a blue bus drives along a road")
-    score = graph.add("STE_CaptureSTRScore", trajectory=trajectory["trajectory"])
-    sampler = graph.add("STE_STRLatentOptimizer", score=score["STR score"], strength=0.01)
-    edit = sample(graph, model, positive, negative, sampler, trajectory, latent, 7.5)
-
-    film = graph.add("CreateVideo", images=edit["IMAGE"], fps=parts["fps"])
+    conds = prompts(graph, model, "a blue bus drives along a road")
+    sampler = str_sampler(graph, trajectory, strength=0.01)
+    edited = result(graph, model, sample(graph, source, conds, sampler["sampler"], 7.5))
+    film = graph.add("CreateVideo", images=edited, fps=parts["fps"])
     graph.add("SaveVideo", title="Film: the edit", video=film["VIDEO"], filename_prefix="spacetime_edit/zeroscope")
     graph.column()
-    pair = graph.add("ImageStitch", title="Clip | edit", image1=clip["IMAGE"], image2=edit["IMAGE"])
+    pair = graph.add("ImageStitch", title="Clip | edit", image1=clip["images"], image2=edited)
     film = graph.add("CreateVideo", images=pair["IMAGE"], fps=parts["fps"])
     prefix = "spacetime_edit/zeroscope_compared"
     graph.add("SaveVideo", title="Film: clip | edit", video=film["VIDEO"], filename_prefix=prefix)
 
 
-def invert(graph: Graph, model: Node, images: Output, prompt: Any, steps: int) -> tuple[Node, Node]:
-    """The group that turns a clip to noise: its latent and its trajectory."""
+# --- masks ------------------------------------------------------------
+
+
+def of_the_clip(graph: Graph, source: Source, clip: Node, output: str) -> Output:
+    """One of the masks that come with an example clip."""
+    return clip[output]
+
+
+def relevant(graph: Graph, source: Source, clip: Node) -> Output:
+    """What the model's attention ties to a point in the object."""
+    graph.group("Mask: click the object")
+    trajectory = source.trajectory["trajectory"]
+    return graph.add("STE_PreviewRelevance", trajectory=trajectory, images=clip["images"], **use.IN_THE_OBJECT)["mask"]
+
+
+# --- parts ------------------------------------------------------------
+
+
+def load(graph: Graph, clip: str, edit: int = use.NEW_SHAPE) -> tuple[Node, Node]:
+    """The group with the embedded model and a clip."""
+    graph.group("Load")
+    model = graph.add("STE_LoadVideoDiffusersModel", model_name=use.TINY_MODEL)
+    return model, graph.add("STE_LoadExampleClip", clip=clip, edit=edit)
+
+
+def encode(graph: Graph, model: Node, images: Output, prompt: Any) -> tuple[Node, Node]:
+    """The prompt of a clip and its latent."""
+    positive = graph.add("CLIPTextEncode", "Prompt: the clip as it is", "green", text=prompt, clip=model["CLIP"])
+    return positive, graph.add("VAEEncode", pixels=images, vae=model["VAE"])
+
+
+def inversion(graph: Graph, model: Node, positive: Node, latent: Output, steps: int) -> Node:
+    start = {"model": model["MODEL"], "positive": positive["CONDITIONING"], "latent": latent}
+    return graph.add("STE_InvertVideo", steps=steps, **start)
+
+
+def invert(graph: Graph, model: Node, images: Output, prompt: Any, steps: int) -> Source:
+    """The group that turns a clip to noise."""
     graph.group("Invert")
-    source = graph.add("CLIPTextEncode", "Prompt: the clip as it is", "green", text=prompt, clip=model["CLIP"])
-    latent = graph.add("VAEEncode", pixels=images, vae=model["VAE"])
+    positive, latent = encode(graph, model, images, prompt)
     graph.column()
-    start = {"model": model["MODEL"], "positive": source["CONDITIONING"], "latent": latent["LATENT"]}
-    return latent, graph.add("STE_InvertVideo", steps=steps, **start)
+    return Source(model, latent["LATENT"], inversion(graph, model, positive, latent["LATENT"], steps))
 
 
-def prompts(graph: Graph, model: Node, edit: Any) -> tuple[Node, Node]:
+def prompts(graph: Graph, model: Node, edit: Any, group: str = "Edit") -> tuple[Node, Node]:
     """Begin the group that edits: positive and negative prompt, and a column for the sampler."""
-    graph.group("Edit")
+    graph.group(group)
     positive = graph.add("CLIPTextEncode", "Prompt: the edit", "green", text=edit, clip=model["CLIP"])
     negative = graph.add("CLIPTextEncode", "Negative prompt", "red", text="", clip=model["CLIP"])
     graph.column()
     return positive, negative
 
 
+def str_sampler(graph: Graph, trajectory: Node, **options: Any) -> Node:
+    """The sampler of STR-Match and what it matches."""
+    score = graph.add("STE_CaptureSTRScore", trajectory=trajectory["trajectory"])
+    return graph.add("STE_STRLatentOptimizer", score=score["STR score"], **options)
+
+
 def sample(
-    graph: Graph,
-    model: Node,
-    positive: Node,
-    negative: Node,
-    sampler: Node,
-    trajectory: Node,
-    latent: Node,
-    cfg: float,
+    graph: Graph, source: Source, conds: tuple[Node, Node], sampler: Output, cfg: float, seed: int | None = None
 ) -> Node:
-    """End the group that edits, begin the one for results: the edited frames."""
+    """End the group that edits: the node with the edited latent. seed: for a task that begins from new noise."""
     graph.column()
-    conds = {"positive": positive["CONDITIONING"], "negative": negative["CONDITIONING"]}
-    guider = graph.add("CFGGuider", model=model["MODEL"], cfg=cfg, **conds)
-    noise = graph.add("DisableNoise")
-    edit = graph.add(
+    positive, negative = (node["CONDITIONING"] for node in conds)
+    guider = graph.add("CFGGuider", model=source.model["MODEL"], positive=positive, negative=negative, cfg=cfg)
+    noise = graph.add("DisableNoise") if seed is None else graph.add("RandomNoise", noise_seed=seed)
+    return graph.add(
         "SamplerCustomAdvanced",
         noise=noise["NOISE"],
         guider=guider["GUIDER"],
-        sampler=sampler["sampler"],
-        sigmas=trajectory["sigmas"],
-        latent_image=latent["LATENT"],
+        sampler=sampler,
+        sigmas=source.trajectory["sigmas"],
+        latent_image=source.latent,
     )
+
+
+def result(graph: Graph, model: Node, edit: Node) -> Output:
+    """Begin the group for results: the edited frames."""
     graph.group("Result")
-    return graph.add("VAEDecode", samples=edit["output"], vae=model["VAE"])
+    return graph.add("VAEDecode", samples=edit["output"], vae=model["VAE"])["IMAGE"]
 
 
-METHODS = {"swap": "prompt_swap", "str": "str_match", "mask": "str_match_mask"}  # and the files they save
+def save(graph: Graph, images: Output, fps: Output, edited: Output, name: str) -> None:
+    """The edited frames as files, and clip and edit as one film."""
+    prefix = f"spacetime_edit/{name}"
+    graph.add("SaveImage", title="Save the edited frames", images=edited, filename_prefix=prefix)
+    graph.column()
+    pair = graph.add("ImageStitch", title="Clip | edit", image1=images, image2=edited)
+    large = graph.add("ImageScaleBy", image=pair["IMAGE"], upscale_method="nearest-exact", scale_by=4.0)
+    film = {"images": large["IMAGE"], "fps": fps, "filename_prefix": f"{prefix}_film"}
+    graph.add("SaveAnimatedWEBP", title="Film: clip | edit", **film)
 
-ABOUT = {
-    "swap": """## Prompt swap
-Press **Run**: the red circle becomes a square. No download, no GPU.
 
-1. **Invert Video** runs the model backwards from the clip to noise.
-2. **Sample from Trajectory** runs it forwards again, with a new prompt.
-
-Nothing ties the edit to the clip but the noise that it starts from: motion and background may drift. That is what the \
-*STR-Match* templates cure.""",
-    "str": """## STR-Match
-Press **Run**: the red circle becomes a square. No download, no GPU.
-
-1. **Invert Video** runs the model backwards from the clip to noise.
-2. **Capture STR Score** chooses what to keep: which pixel is related to which, from frame to frame.
-3. **STR Latent Optimizer** runs forwards with a new prompt and pulls every step towards those relations.
-
-This tiny model wants a large **lambda** (0.08). Start real models at 0.01.""",
-    "mask": """## STR-Match with a mask
-Press **Run**: the red circle becomes a square, and all that lies outside the mask stays as it was. No download, no \
-GPU.
-
-White in the mask = edit. **dilation** grows it by a few pixels, so that a larger object has room.""",
-    "zeroscope": f"""## STR-Match on Zeroscope
-**Download** all of [{ZEROSCOPE}]({ZEROSCOPE_URL}) in diffusers layout (folders `unet`, `vae`, `text_encoder`, \
-`tokenizer`) to
-
-`ComfyUI/models/diffusers/{ZEROSCOPE}`
-
-and press **R** to refresh. Then choose your clip, write what it shows and what it should show, and run.
-
-**Your clip**: at least {ZEROSCOPE_FRAMES} frames. The template takes the first {ZEROSCOPE_FRAMES} and crops them to \
-{ZEROSCOPE_SIZE[0]} x {ZEROSCOPE_SIZE[1]}, the size that this model was made for; more work too (it was made with \
-24). A clip of 24 or 30 frames a second moves little in so few: save it at 8 frames a second first.""",
+FIRST, SECOND = (partial(of_the_clip, output=output) for output in ("mask_1", "mask_2"))
+DELETE = {
+    **{"clip": use.DELETE_CLIP, "prompt": use.DELETE_PROMPT, "mask": SECOND},
+    **{"task": "delete", "dilation": use.DELETE_DILATION},
 }
 
-TRY = {
-    "swap": """### Try
-- **edit** 1 and 3 in *Load Example Clip*: other prompts for the same clip.
-- another **clip**: 04 to 07 have two objects.
-- connect **mask_1** to *Sample from Trajectory*, with **dilation** 4: the background stays.""",
-    "str": f"""### Try
-- **lambda** {TINY_LAMBDA:g} -> 0: a plain prompt swap. Larger: motion and background stay more, the prompt counts \
-less.
-- **edit** 1 and 3 in *Load Example Clip*: other prompts for the same clip.
-- another **clip**: 04 to 07 have two objects.
-- **end_percent** 0.5: match only in the first half, which is faster. 1: the background picks up more of a tint.""",
-    "mask": """### Try
-- **dilation** 0 and 16: too tight cuts the new shape, too wide lets the background change.
-- **edit** 1 in *Load Example Clip*: a new colour. (Edit 3 changes the background, which this mask keeps.)
-- **mask_2** with a clip of two objects (04 to 07).
-- **lambda** 0: the mask alone.""",
-    "zeroscope": """### Try
-- **lambda** 0.005 to 0.05. Smaller: more of the prompt. Larger: more of the clip's motion and background.
-- **steps** 20 in *Invert Video* for a first look, 50 for the result.
-- a **mask** (white = edit) on *STR Latent Optimizer*: the rest of the picture stays.
-- Both prompts alike but for the object work best.""",
-}
-
-
-TEMPLATES = {
-    "Swap an object - prompt swap (tiny)": ("swap", partial(tiny, method="swap")),
-    "Swap an object - STR-Match (tiny)": ("str", partial(tiny, method="str")),
-    "Swap an object - STR-Match with mask (tiny)": ("mask", partial(tiny, method="mask")),
-    "Swap an object - STR-Match (Zeroscope)": ("zeroscope", zeroscope),
+TEMPLATES: dict[str, tuple[str, Callable]] = {  # name: key of the notes and of the saved files, builder
+    "Swap an object - prompt swap (tiny)": ("prompt_swap", partial(tiny, matching=False)),
+    "Swap an object - STR-Match (tiny)": ("str_match", with_curve),
+    "Swap an object - STR-Match (Zeroscope)": ("zeroscope", lambda graph, name: zeroscope(graph)),
+    "Keep the background exactly - STR-Match with mask (tiny)": ("str_match_mask", partial(tiny, mask=FIRST)),
+    "Mask from relevance - STR-Match (tiny)": ("relevance_mask", partial(tiny, mask=relevant)),
+    "Several objects, one after another - STR-Match (tiny)": ("several", several),
+    "Delete an object - STR-Match (tiny)": ("delete", partial(tiny, **DELETE)),
+    "Add an object - STR-Match (tiny)": ("add", add),
+    "Compare lambdas - STR-Match (tiny)": ("compare_lambdas", compare_lambdas),
+    "Save and load a trajectory (tiny)": ("save_and_load", save_and_load),
 }
 
 
 def main() -> None:
     with LiveServer(host_path()) as server:
         definitions = server.get("/object_info")
-    for name, (method, build) in TEMPLATES.items():
+    for name, (key, build) in TEMPLATES.items():
         graph = Graph(name, definitions)
-        build(graph)
-        graph.note("About", ABOUT[method])
-        graph.note("What to try", TRY[method])
+        build(graph, key)
+        graph.note("About", ABOUT[key])
+        graph.note("What to try", TRY[key])
         path = WORKFLOWS / f"{name}.json"
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(graph.to_json(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -32,7 +32,7 @@ GRAPHS = ROOT / "workflows" / "api"
 METHODS = {
     "prompt swap": "Swap an object - prompt swap (tiny).json",
     "STR-Match": "Swap an object - STR-Match (tiny).json",
-    "STR-Match with mask": "Swap an object - STR-Match with mask (tiny).json",
+    "STR-Match with mask": "Keep the background exactly - STR-Match with mask (tiny).json",
 }
 EDITS = {"clip_00": 2, "clip_06": 1}  # which of a clip's edits, from 1; both change its first object
 FIGURES = ("trajectory_error_px", "colour_accuracy", "shape_accuracy", "background_psnr_db")

@@ -13,8 +13,14 @@ from typing import Any, NamedTuple
 from server import PACK_NAME
 
 WIDTH = 300  # of a node, in pixels
-WIDTHS = {"STE_LoadExampleClip": 360, "SaveAnimatedWEBP": 480, "SaveVideo": 480}
-PREVIEWS = {"SaveImage": 300, "SaveAnimatedWEBP": 280, "SaveVideo": 300, "LoadVideo": 200}  # height below the widgets
+WIDTHS = {
+    **{"STE_LoadExampleClip": 360, "STE_PredictCost": 400, "STE_FitClipToModel": 360, "STE_LoadTrajectory": 360},
+    **{"SaveAnimatedWEBP": 480, "SaveVideo": 480, "PreviewImage": 480, "STE_PreviewRelevance": 360},
+}
+PREVIEWS = {  # height below the widgets
+    **{"SaveImage": 300, "PreviewImage": 280, "SaveAnimatedWEBP": 280, "SaveVideo": 300, "LoadVideo": 200},
+    **{"STE_PreviewRelevance": 300, "STE_PredictCost": 180, "STE_FitClipToModel": 80, "STE_SaveTrajectory": 60},
+}
 GAP = 40  # between nodes, and between groups
 TITLE = 30  # of a node, above its position; also of a group
 PADDING = 20  # of a group
@@ -26,6 +32,7 @@ COLORS = {
     "note": {"color": "#432", "bgcolor": "#653"},
 }
 HOLLOW = 7  # shape of an optional socket
+ALWAYS, NEVER = 0, 2  # modes of a node: it runs, it is muted
 NOTE = "MarkdownNote"  # the frontend's own, without a definition on the server
 NOTE_SIZE = (480, 280)
 NOTE_DEFINITION = {
@@ -33,7 +40,7 @@ NOTE_DEFINITION = {
     "output": [],
     "output_name": [],
 }
-WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3"}
+WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COLOR", "COMFY_DYNAMICCOMBO_V3"}
 
 
 class Output(NamedTuple):
@@ -54,6 +61,7 @@ class Node:
     values: dict[str, Any]
     title: str | None = None
     color: str | None = None
+    mode: int = ALWAYS
     models: list[dict] = field(default_factory=list)
     position: tuple[int, int] = (0, 0)
 
@@ -119,16 +127,19 @@ class Graph:
         self._definitions = definitions
         self._groups: list[tuple[str, list[list[Node]]]] = []
         self._notes: list[Node] = []
+        self._mode = ALWAYS
 
-    def group(self, title: str) -> None:
+    def group(self, title: str, *, muted: bool = False) -> None:
+        """Begin a group; the nodes of a muted one stand in the graph and do not run."""
         self._groups.append((title, [[]]))
+        self._mode = NEVER if muted else ALWAYS
 
     def column(self) -> None:
         self._groups[-1][1].append([])
 
     def add(self, type: str, title: str | None = None, color: str | None = None, **values: Any) -> Node:
         """A node with these links (an Output) and widget values; KeyError for an input that it lacks."""
-        node = Node(len(self.nodes) + 1, type, self._definitions[type], values, title, color)
+        node = Node(len(self.nodes) + 1, type, self._definitions[type], values, title, color, self._mode)
         if unknown := set(values) - set(node.inputs):
             raise KeyError(f"{type} has no input {', '.join(sorted(unknown))}")
         self._groups[-1][1][-1].append(node)
@@ -229,7 +240,7 @@ def node_json(node: Node, order: int, links: list[list]) -> dict[str, Any]:
         "size": list(node.size),
         "flags": {},
         "order": order,
-        "mode": 0,
+        "mode": node.mode,
         "inputs": inputs,
         "outputs": outputs,
         "properties": properties,

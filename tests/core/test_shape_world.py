@@ -207,6 +207,91 @@ def test_kept_region_ignores_the_object_and_measures_the_rest():
     assert instruments.kept_region_psnr_db(moved, frames, masks) < 30
 
 
+def crossings(n=16, seed=3):
+    generator = np.random.default_rng(seed)
+    return [world.sample_crossing(generator) for _ in range(n)]
+
+
+def own_colours(scene):
+    return [{o.colour} for o in scene.objects]
+
+
+def test_crossing_objects_change_sides_and_meet():
+    for scene in crossings(40):
+        left, right = scene.objects
+        (a0, a1), (b0, b1) = ((o.centres[0], o.centres[-1]) for o in scene.objects)
+        assert a0[0] + left.radius + 6 <= b0[0] - right.radius and b1[0] + right.radius + 6 <= a1[0] - left.radius
+        assert scene.travel_px >= 24 and left.colour != right.colour
+        for obj in scene.objects:
+            assert all(obj.radius <= v <= world.SIZE - obj.radius for point in obj.centres for v in point)
+        masks = world.render(scene)[1]
+        assert (masks[0] * masks[1]).sum((1, 2)).max() > 40
+
+
+def test_crossing_ground_truth_scores_perfectly_by_colour_and_not_by_halves():
+    for scene in crossings():
+        frames, masks = world.render(scene)
+        colours, target = own_colours(scene), scene.description
+        assert instruments.colour_accuracy(frames, target, colours) == 1, world.caption(scene)
+        assert instruments.shape_accuracy(frames, target, colours) == 1, world.caption(scene)
+        assert instruments.trajectory_error_px(frames, masks, colours) < 0.6
+        assert instruments.trajectory_error_px(frames, masks) > 5
+
+
+def test_colours_find_objects_that_stay_in_their_half_as_halves_do():
+    generator = np.random.default_rng(6)
+    for _ in range(6):
+        scene = world.sample_scene(generator, 2)
+        frames, masks = world.render(scene)
+        by_half, by_colour = (instruments.identify(frames, 2, c) for c in (None, own_colours(scene)))
+        assert by_half == by_colour == list(scene.description.objects)
+        errors = [instruments.trajectory_error_px(frames, masks, c) for c in (None, own_colours(scene))]
+        assert errors[0] == pytest.approx(errors[1], abs=0.1)
+
+
+@pytest.mark.parametrize("distance", [3, 6])
+def test_shifted_crossing_clip_has_that_trajectory_error(distance):
+    for scene in crossings(4, seed=8):
+        _, masks = world.render(scene)
+        frames, _ = world.render(shifted(scene, 0, distance))
+        error = instruments.trajectory_error_px(frames, masks, own_colours(scene))
+        assert error == pytest.approx(distance, abs=0.6)
+
+
+def test_object_that_lost_its_colour_is_missing_unless_either_name_is_its():
+    scene = crossings(1)[0]
+    frames, masks = world.render(scene)
+    other = next(c for c in world.COLOURS if c not in {o.colour for o in scene.objects})
+    renamed = [{other}, {scene.objects[1].colour}]
+    error = instruments.trajectory_error_px(frames, masks, renamed)
+    assert error == pytest.approx(instruments.MISSING_PX / 2, abs=0.6)
+    either = [{other, scene.objects[0].colour}, {scene.objects[1].colour}]
+    assert instruments.trajectory_error_px(frames, masks, either) < 0.6
+    edited = world.Description(
+        scene.background, (world.Pair(other, scene.objects[0].shape), scene.description.objects[1])
+    )
+    assert instruments.colour_accuracy(frames, edited, either) == 0.5
+
+
+def test_visible_masks_leave_out_what_is_in_front():
+    masks = torch.rand(3, 2, 4, 4)
+    expected = [masks[0] * (1 - masks[1]) * (1 - masks[2]), masks[1] * (1 - masks[2]), masks[2]]
+    assert torch.allclose(world.visible_masks(masks), torch.stack(expected))
+
+
+def test_frames_that_hide_the_rear_object_do_not_count():
+    rear = straight("red", "circle", (14, 32), (50, 32), radius=9)
+    front = straight("blue", "square", (44, 32), (16, 32), radius=15)
+    scene = world.Scene("gray", (rear, front))
+    frames, masks = world.render(scene)
+    hidden = world.visible_masks(masks)[0].sum((1, 2)) < instruments.MIN_VISIBLE
+    assert 1 <= hidden.sum() <= 3
+    assert instruments.trajectory_error_px(frames, masks, own_colours(scene)) < 1
+    gone = frames.clone()
+    gone[hidden] = world.render(world.Scene("gray", (front,)))[0][hidden]
+    assert instruments.trajectory_error_px(gone, masks, own_colours(scene)) < 1
+
+
 def test_bootstrap_matches_the_normal_interval():
     noise = np.random.default_rng(1).normal(size=200)
     a, b = 3 + noise, np.full(200, 1.5)

@@ -4,12 +4,15 @@ The instruments know the world's colours and shapes, never the true masks of the
 masks enter only as the reference of `trajectory_error_px` and as the border of `kept_region_psnr_db`.
 
 Shape letters: F frames, K objects. Clips are (F, 3, 64, 64) in [0, 1]. Two objects are looked for in one
-half of the image each (left, right), so an object that changes sides counts as wrong.
+half of the image each (left, right), so an object that changes sides counts as wrong. Objects that cross are looked
+for by `colours` instead: for each object the names that it may have, those before and after its edit, which are no
+other object's.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -19,7 +22,9 @@ from torch.nn.functional import avg_pool2d
 
 from ...core.masks import dilate
 from ...core.metrics import psnr_db
-from .world import BACKGROUNDS, COLOURS, SHAPES, SIZE, Description, pixel_grid, signed_distance
+from .world import BACKGROUNDS, COLOURS, SHAPES, SIZE, Description, Pair, pixel_grid, signed_distance, visible_masks
+
+Colours = Sequence[Collection[str]]
 
 MISSING_PX = 32.0
 """Trajectory error of a frame in which the object is not found: half the image."""
@@ -28,6 +33,8 @@ BORDER = 3
 BRIGHTNESS = torch.linspace(0.75, 1.0, 6)  # a background gradient darkens by up to a quarter
 MIN_AREA = 20  # px of a frame's object; the smallest object of the world has about 225
 MIN_COMPONENT = 25
+MIN_VISIBLE = 60  # px of an object behind another; where less is seen of it, its place is not asked for
+TOUCH = 2  # px between objects that count as touching
 SCALES = torch.tensor([0.92, 1.0, 1.1])
 SHIFTS = torch.tensor([-1.5, 0.0, 1.5])
 
@@ -77,15 +84,18 @@ def centroids(mask: Tensor) -> Tensor:
     return torch.stack([(mask * x).sum((1, 2)), (mask * y).sum((1, 2))], 1) / mask.sum((1, 2))[:, None]
 
 
-def _halves(objects: int) -> list[Tensor]:
-    """Where each object is looked for: the whole image, or its left and right half; (64, 64) bool."""
+def _places(labels: Tensor, objects: int, colours: Colours | None) -> list[Tensor]:
+    """Where each object is looked for: the whole image, its left or right half, or all pixels of its colours."""
+    if colours is not None:
+        names = list(COLOURS)
+        return [torch.isin(labels, torch.tensor([names.index(name) for name in of_one])) for of_one in colours]
     x, _ = pixel_grid()
     return [torch.ones_like(x, dtype=torch.bool)] if objects == 1 else [x < SIZE / 2, x >= SIZE / 2]
 
 
-def _sight(labels: Tensor, region: Tensor) -> Sighting:
-    """The dominant colour of a region and all its pixels there: a second copy shifts the centroid."""
-    labels = torch.where(region, labels, -1)
+def _sight(labels: Tensor, place: Tensor) -> Sighting:
+    """The dominant colour of a place and all its pixels there: a second copy shifts the centroid."""
+    labels = torch.where(place, labels, -1)
     seen = labels[without_specks(labels >= 0)]
     if len(seen) < MIN_AREA * len(labels) / 2:
         return Sighting(None, torch.zeros_like(labels, dtype=torch.bool), torch.full((len(labels), 2), torch.nan))
@@ -95,10 +105,10 @@ def _sight(labels: Tensor, region: Tensor) -> Sighting:
     return Sighting(list(COLOURS)[colour], mask, centroids(mask))
 
 
-def sightings(frames: Tensor, objects: int) -> list[Sighting]:
-    """What is seen of 1 object in the image, or of 2 objects in its left and right half."""
+def sightings(frames: Tensor, objects: int, colours: Colours | None = None) -> list[Sighting]:
+    """What is seen of 1 object in the image, of 2 in its left and right half, or of each by its `colours`."""
     labels = segment(frames, background_name(frames))
-    return [_sight(labels, region) for region in _halves(objects)]
+    return [_sight(labels, place) for place in _places(labels, objects, colours)]
 
 
 def _unit_template(shape: str) -> tuple[float, float]:
@@ -132,40 +142,59 @@ def shape_name(sighting: Sighting) -> str | None:
     return max(SHAPES, key=lambda shape: np.mean([template_overlap(mask, shape) for mask in seen]))
 
 
+def _apart(seen: Sequence[Sighting]) -> list[Sighting]:
+    """The same without the frames in which objects touch: there neither shows its outline."""
+    near = torch.stack([dilate(s.mask.float(), TOUCH) for s in seen]).sum(0).amax((1, 2)) > 1
+    return [replace(s, mask=s.mask & ~near[:, None, None]) for s in seen]
+
+
+def identify(frames: Tensor, objects: int, colours: Colours | None = None) -> list[Pair]:
+    """Colour and shape of what is seen in each object's place; None where nothing is.
+
+    By `colours`, only frames in which no two objects touch tell a shape.
+    """
+    seen = sightings(frames, objects, colours)
+    outlines = seen if colours is None else _apart(seen)
+    return [Pair(s.colour, shape_name(outline)) for s, outline in zip(seen, outlines, strict=True)]
+
+
 def background_accuracy(frames: Tensor, target: Description) -> float:
     """1 if the clip has the target's background, else 0."""
     return float(background_name(frames) == target.background)
 
 
-def colour_accuracy(frames: Tensor, target: Description) -> float:
+def colour_accuracy(frames: Tensor, target: Description, colours: Colours | None = None) -> float:
     """Share of the target's objects whose place holds their colour, in [0, 1]."""
-    seen = sightings(frames, len(target.objects))
+    seen = sightings(frames, len(target.objects), colours)
     return float(np.mean([s.colour == o.colour for s, o in zip(seen, target.objects, strict=True)]))
 
 
-def shape_accuracy(frames: Tensor, target: Description) -> float:
+def shape_accuracy(frames: Tensor, target: Description, colours: Colours | None = None) -> float:
     """Share of the target's objects whose place holds their shape, in [0, 1]."""
-    seen = sightings(frames, len(target.objects))
-    return float(np.mean([shape_name(s) == o.shape for s, o in zip(seen, target.objects, strict=True)]))
+    seen = identify(frames, len(target.objects), colours)
+    return float(np.mean([s.shape == o.shape for s, o in zip(seen, target.objects, strict=True)]))
 
 
-def trajectory_error_px(frames: Tensor, source_masks: Tensor) -> float:
+def trajectory_error_px(frames: Tensor, source_masks: Tensor, colours: Colours | None = None) -> float:
     """Distance between each object's centroid and its source mask's, mean over frames and objects, in px.
 
-    source_masks: (K, F, 64, 64) in [0, 1], K = 1 or 2 (left, right). A frame without the object counts as
-    32 px. The object is whatever has the dominant colour in its place, so a wrong colour is no trajectory
-    error, and a second copy of the same colour is one, by half the distance between the two.
+    source_masks: (K, F, 64, 64) in [0, 1] as `world.render` gives them, K = 1 or 2 (left, right). A frame without
+    the object counts as 32 px. The object is whatever has the dominant colour in its place, so a wrong colour is no
+    trajectory error, and a second copy of the same colour is one, by half the distance between the two. Of an object
+    behind another the visible parts are compared, and frames that show less than 60 px of it in the source are left
+    out.
 
     Nothing is subtracted for a change of shape. The world places shapes by their centre, and a triangle's
     centroid lies 0.14 radius below it (1.3 to 2.1 px): a perfect swap from or to a triangle scores that
     much if the edit keeps the centre, and 0 if it keeps the centroid, and nothing says which is right.
     Circle and square swap without an offset.
     """
-    errors = [
-        torch.linalg.vector_norm(seen.centroids - centroids(mask), dim=1).nan_to_num(nan=MISSING_PX)
-        for seen, mask in zip(sightings(frames, len(source_masks)), source_masks, strict=True)
-    ]
-    return float(torch.stack(errors).mean())
+    visible = visible_masks(source_masks)
+    errors = []
+    for seen, mask in zip(sightings(frames, len(visible), colours), visible, strict=True):
+        distance = torch.linalg.vector_norm(seen.centroids - centroids(mask), dim=1)
+        errors.append(distance.nan_to_num(nan=MISSING_PX)[mask.sum((1, 2)) >= MIN_VISIBLE])
+    return float(torch.cat(errors).mean())
 
 
 def kept_region(masks: Tensor, dilation_px: int = 6) -> Tensor:

@@ -43,6 +43,7 @@ MAX_TRAVEL = 24.0
 STILL_SHARE = 0.1
 GRADIENT_SHARE = 0.4
 TWO_OBJECT_SHARE = 0.45
+RADII_OF_TWO = (9, 12.3)
 JITTER = 0.02
 EDGE_SHARPNESS = 2.5  # logistic edge: a mask falls from 0.92 to 0.08 within 2 px
 
@@ -59,7 +60,7 @@ HELD_OUT = frozenset({Pair("purple", "triangle"), Pair("cyan", "square"), Pair("
 
 
 class Description(NamedTuple):
-    """What a caption says of a scene; two objects are given from left to right."""
+    """What a caption says of a scene; two objects are given from left to right, as they stand in the first frame."""
 
     background: str
     objects: tuple[Pair, ...]
@@ -94,6 +95,11 @@ class Scene:
     def description(self) -> Description:
         """The scene's attributes, as its caption states them."""
         return Description(self.background, tuple(Pair(o.colour, o.shape) for o in self.objects))
+
+    @property
+    def travel_px(self) -> float:
+        """Distance between an object's first and last centre, mean over the objects."""
+        return float(np.mean([math.dist(o.centres[0], o.centres[-1]) for o in self.objects]))
 
 
 def caption(scene: Scene | Description) -> str:
@@ -156,13 +162,22 @@ def background_image(scene: Scene) -> Tensor:
 
 
 def render(scene: Scene) -> tuple[Tensor, Tensor]:
-    """Clip (F, 3, 64, 64) and object masks (K, F, 64, 64), both in [0, 1]; later objects lie in front."""
+    """Clip (F, 3, 64, 64) and object masks (K, F, 64, 64), both in [0, 1]; later objects lie in front.
+
+    A mask is the whole object, also where another hides it: see `visible_masks`.
+    """
     masks = torch.stack([object_mask(o) for o in scene.objects])
     frames = background_image(scene).expand(masks.shape[1], -1, -1, -1)
     for obj, mask in zip(scene.objects, masks, strict=True):
         colour = (torch.tensor(COLOURS[obj.colour]) + torch.tensor(obj.jitter)).clamp(0, 1)
         frames = torch.lerp(frames, colour[:, None, None].expand_as(frames), mask[:, None])
     return frames, masks
+
+
+def visible_masks(masks: Tensor) -> Tensor:
+    """(K, F, 64, 64) of `render` -> the same less what lies in front of each object, that is the later ones."""
+    seen_through = torch.cat([(1 - masks).flip(0).cumprod(0).flip(0)[1:], torch.ones_like(masks[:1])])
+    return masks * seen_through
 
 
 def _choose(generator: np.random.Generator, options: Iterable):
@@ -193,8 +208,7 @@ def _sample_motion(
     start, end = generator.uniform(low, high), generator.uniform(low, high)
     step = np.zeros(2) if generator.random() < STILL_SHARE else end - start
     step *= min(1.0, MAX_TRAVEL / max(float(np.hypot(*step)), 1e-9))
-    path = start + np.linspace(0, 1, frames)[:, None] * step
-    return tuple((float(x), float(y)) for x, y in path)
+    return _straight(start, start + step, frames)
 
 
 def sample_scene(
@@ -212,14 +226,43 @@ def sample_scene(
     if objects is None:
         objects = 2 if generator.random() < TWO_OBJECT_SHARE else 1
     boxes = [(0, SIZE, 0, SIZE)] if objects == 1 else [(1, 31.5, 1, SIZE - 1), (32.5, SIZE - 1, 1, SIZE - 1)]
-    radii = (10, 15) if objects == 1 else (9, 12.3)
+    radii = (10, 15) if objects == 1 else RADII_OF_TWO
     members = []
     for pair, box in zip(_sample_pairs(generator, objects, held_out), boxes, strict=True):
         radius = float(generator.uniform(*radii))
         members.append(Object(*pair, radius, _sample_motion(generator, box, radius, frames), _jitter(generator)))
+    return _on_background(generator, members)
+
+
+def _on_background(generator: np.random.Generator, members: Iterable[Object]) -> Scene:
     gradient = float(generator.uniform(0.1, 0.25)) if generator.random() < GRADIENT_SHARE else 0.0
     direction = int(generator.integers(4))
     return Scene(_choose(generator, BACKGROUNDS), tuple(members), gradient, direction, _jitter(generator))
+
+
+def sample_crossing(generator: np.random.Generator, *, frames: int = FRAMES) -> Scene:
+    """Two objects that exchange sides, the one from the right in front; no scene of the training distribution.
+
+    They start and end at least 6 px apart, each on its side, and travel 24 px or more. Where they meet, one is half a
+    radius above the other, so that some of the rear one stays visible.
+    """
+    pairs, radii = _sample_pairs(generator, 2, held_out=False), generator.uniform(*RADII_OF_TWO, 2)
+    size = float(radii.max())
+    low, high = [1 + size, 1 + 1.5 * size], [SIZE / 2 - 3 - size, SIZE - 1 - 1.5 * size]
+    left, right = generator.uniform(low, high), np.array([SIZE, 0]) + [-1, 1] * generator.uniform(low, high)
+    lift = np.array([0, _choose(generator, (-0.5, 0.5)) * size])
+    paths = (left, right), (right + lift, left + lift)
+    members = [
+        Object(*pair, float(radius), _straight(*path, frames), _jitter(generator))
+        for pair, radius, path in zip(pairs, radii, paths, strict=True)
+    ]
+    return _on_background(generator, members)
+
+
+def _straight(start: np.ndarray, end: np.ndarray, frames: int) -> tuple[tuple[float, float], ...]:
+    """An even motion from point to point."""
+    path = start + np.linspace(0, 1, frames)[:, None] * (end - start)
+    return tuple((float(x), float(y)) for x, y in path)
 
 
 def sample_edit(scene: Scene, kind: str, generator: np.random.Generator, index: int = 0) -> Scene:

@@ -1,0 +1,215 @@
+"""The embedded model in this process, and the methods that edit a clip with it.
+
+A method takes (editor, case, trajectory) and returns the edited frames (F, 3, 64, 64) in [0, 1]. It sees the case's
+prompts and the inverted clip; only those that are `masked` see a true mask.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+import comfy.samplers
+import torch
+from torch import Tensor
+
+from ..core.trajectory import Trajectory
+from ..host.loaders import unet3d
+from ..host.relevance_matching import RelevanceMatching, str_score_of
+from ..host.sampling import TrajectorySampler, invert
+from ..tools.shape_world import world
+from ._cases import CEILING, COPY, NOISE, Case, Chain
+from ._timing import cpu_seconds
+
+SDEDIT_START = 0.6
+"""Share of the schedule that SDEdit denoises: the best of 0.4, 0.5, 0.6, 0.7 and 0.8 on clips of other seeds."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """strength: lambda of STR-Match for 50 steps; end: percent of denoising where it ends; dilation: px."""
+
+    steps: int = 20
+    cfg: float = 4.0
+    strength: float = 0.08
+    end: float = 0.8
+    layers: str = ""
+    dilation: float = 4.0
+
+
+class Editor:
+    """The embedded model with the host's own objects."""
+
+    def __init__(self, settings: Settings):
+        self.settings = settings
+        self.model, self.clip, self.vae = unet3d.load_folder(unet3d.EMBEDDED)
+        sampling = self.model.get_model_object("model_sampling")
+        self.sigmas = comfy.samplers.calculate_sigmas(sampling, "ddim_uniform", settings.steps)
+
+    def prompt(self, text: str) -> list:
+        """CONDITIONING of a prompt."""
+        return self.clip.encode_from_tokens_scheduled(self.clip.tokenize(text))
+
+    def encode(self, frames: Tensor) -> Tensor:
+        """(F, 3, 64, 64) in [0, 1] -> latent (F, 4, 16, 16)."""
+        return self.vae.encode(frames.movedim(1, -1))
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """Latent -> frames, in the shapes of `encode`."""
+        return self.vae.decode(latent).movedim(-1, 1).clamp(0, 1).cpu()
+
+    def invert(self, latent: Tensor, scene: world.Scene) -> Trajectory:
+        """The trajectory of a latent that shows `scene`."""
+        return invert(self.model, self.prompt(world.caption(scene)), latent, self.sigmas)
+
+    def sample(self, scene: world.Scene, sampler, seed: int, latent: Tensor, sigmas: Tensor | None = None) -> Tensor:
+        """The latent that the host samples for the caption of `scene`, from noise on top of `latent` as it starts."""
+        guider = comfy.samplers.CFGGuider(self.model)
+        guider.set_conds(self.prompt(world.caption(scene)), self.prompt(""))
+        guider.set_cfg(self.settings.cfg)
+        noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(seed))
+        sigmas = self.sigmas if sigmas is None else sigmas
+        return guider.sample(noise, latent, sampler, sigmas, disable_pbar=True, seed=seed)
+
+    def edit(
+        self,
+        trajectory: Trajectory,
+        scene: world.Scene,
+        seed: int,
+        matching: RelevanceMatching | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """The latent of a prompt swap to `scene`, with matching and a mask (F, H, W) if given."""
+        steps = [] if matching is None else [matching]
+        sampler = TrajectorySampler(trajectory, mask=mask, dilation=self.settings.dilation, before_step=steps)
+        return self.sample(scene, sampler, seed, torch.zeros(trajectory.shape))
+
+    def matching(
+        self, trajectory: Trajectory, *, factor: float = 1.0, iterations: int = 1, rule: str = "normalised", **form
+    ) -> RelevanceMatching:
+        """STR matching at `factor` times the settings' lambda; form: radius and the other options of the score."""
+        settings = self.settings
+        score = str_score_of(trajectory, settings.layers, **form)
+        return RelevanceMatching(score, factor * settings.strength, end=settings.end, iterations=iterations, rule=rule)
+
+
+# --- methods ----------------------------------------------------------
+
+Method = Callable[[Editor, Case, Trajectory], Tensor]
+
+
+def copy(editor: Editor, case: Case, trajectory: Trajectory) -> Tensor:
+    """The source clip."""
+    return world.render(case.source)[0]
+
+
+def through_vae(editor: Editor, case: Case, trajectory: Trajectory) -> Tensor:
+    """The true edit, as well as the VAE can show it."""
+    return editor.decode(editor.encode(world.render(case.target)[0]))
+
+
+def from_noise(editor: Editor, case: Case, trajectory: Trajectory) -> Tensor:
+    """The target prompt from random noise."""
+    ddim = comfy.samplers.sampler_object("ddim")
+    return editor.decode(editor.sample(case.target, ddim, case.seed, torch.zeros(trajectory.shape)))
+
+
+def sdedit(start: float = SDEDIT_START) -> Method:
+    """SDEdit (Meng et al. 2022): one noise on the clean latent, then the last `start` of the schedule."""
+
+    def edit(editor: Editor, case: Case, trajectory: Trajectory) -> Tensor:
+        clean = editor.encode(world.render(case.source)[0])
+        sigmas = editor.sigmas[-1 - round(start * editor.settings.steps) :]
+        return editor.decode(
+            editor.sample(case.target, comfy.samplers.sampler_object("ddim"), case.seed, clean, sigmas)
+        )
+
+    return edit
+
+
+def swap(masked: bool = False) -> Method:
+    """Prompt swap from the inverted latent."""
+
+    def edit(editor: Editor, case: Case, trajectory: Trajectory) -> Tensor:
+        mask = case.edited_masks[0] if masked else None
+        return editor.decode(editor.edit(trajectory, case.target, case.seed, mask=mask))
+
+    return edit
+
+
+def match(*, masked: bool = False, **options) -> Method:
+    """STR-Match; options: those of `Editor.matching`."""
+
+    def edit(editor: Editor, case: Case, trajectory: Trajectory) -> Tensor:
+        mask = case.edited_masks[0] if masked else None
+        matching = editor.matching(trajectory, **options)
+        return editor.decode(editor.edit(trajectory, case.target, case.seed, matching, mask))
+
+    return edit
+
+
+BOUNDS: dict[str, Method] = {COPY: copy, NOISE: from_noise, CEILING: through_vae}
+"""Rows between which every method lies."""
+
+
+# --- two edits of one clip --------------------------------------------
+
+ChainMethod = Callable[[Editor, Chain, Trajectory], tuple[Tensor | None, Tensor]]
+"""Returns the frames after the first edit (None: there was but one) and after the second."""
+
+
+def one_after_another(*, masked: bool, matched: bool) -> ChainMethod:
+    """The left object, then, with the result inverted under its new prompt, the right one."""
+
+    def edit(editor: Editor, chain: Chain, trajectory: Trajectory) -> tuple[Tensor, Tensor]:
+        latents = []
+        for index, scene in enumerate((chain.middle, chain.target)):
+            if latents:
+                trajectory = editor.invert(latents[-1], chain.middle)
+            matching = editor.matching(trajectory) if matched else None
+            mask = chain.masks(index) if masked else None
+            latents.append(editor.edit(trajectory, scene, chain.seed, matching, mask))
+        return editor.decode(latents[0]), editor.decode(latents[1])
+
+    return edit
+
+
+def at_once(*, masked: bool, matched: bool) -> ChainMethod:
+    """Both objects with one prompt; the mask covers both."""
+
+    def edit(editor: Editor, chain: Chain, trajectory: Trajectory) -> tuple[None, Tensor]:
+        matching = editor.matching(trajectory) if matched else None
+        mask = chain.masks(0, 1) if masked else None
+        return None, editor.decode(editor.edit(trajectory, chain.target, chain.seed, matching, mask))
+
+    return edit
+
+
+def in_one(method: Method) -> ChainMethod:
+    """A method of one edit, as one of two."""
+    return lambda editor, chain, trajectory: (None, method(editor, chain, trajectory))
+
+
+# --- running ----------------------------------------------------------
+
+
+def run(editor: Editor, cases: Sequence, methods: Mapping[str, Callable], measure: Callable[..., dict]) -> list[dict]:
+    """One record a case and method; the methods of a case share one inversion, whose time is not theirs."""
+    records = []
+    for number, case in enumerate(cases):
+        latent = editor.encode(world.render(case.source)[0])
+        reconstruction = editor.decode(latent)
+        trajectory, inversion = cpu_seconds(lambda: editor.invert(latent, case.source))  # noqa: B023 (called here)
+        about = {"clip": number, "group": case.group, "kind": case.kind, "edit": world.caption(case.target)}
+        for name, method in methods.items():
+            edited, seconds = cpu_seconds(lambda: method(editor, case, trajectory))  # noqa: B023 (called here)
+            times = {"seconds": seconds.user, "inversion_seconds": inversion.user}
+            records.append({**about, "method": name, **measure(case, edited, reconstruction), **times})
+        print(f"\r{number + 1} of {len(cases)} clips", end="", file=sys.stderr, flush=True)
+    return records
+
+
+def described(settings: Settings) -> str:
+    """The settings for a terminal."""
+    return ", ".join(f"{name} {value}" for name, value in asdict(settings).items() if value != "")

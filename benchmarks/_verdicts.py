@@ -1,0 +1,133 @@
+"""The targets of STR-Match, each met or missed with its figure; the rows of its tables by name. No model, no host."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from . import _figures as figures
+from ._cases import KEPT, SWAP
+from ._figures import find, verdict
+
+SDEDIT, CONCAT, MATCH, MATCH_MASK = "SDEdit", "concat instead of STR", "STR-Match", "STR-Match + true mask"
+MATCH_LOW, MATCH_HIGH = "STR-Match, lambda x 0.5", "STR-Match, lambda x 1.5"
+ONE, TWO, BACKGROUND = "one object", "two objects", "background of one object"
+FAST, CROSSING = "fastest quarter, one object", "two objects that change sides"
+FRAME_COUNTS = (16, 32)
+SEQUENCE_MATCH, SEQUENCE_SWAP = "STR + masks, one after another", "swaps, one after another"
+AT_ONCE = "STR + masks, at once"
+
+
+def of_main(rows: list[dict], comparisons: list[dict]) -> list[str]:
+    """The targets of STR-Match on clips of one object, each met or missed with its figure."""
+    lines = []
+    for row in figures.select(rows, group=ONE, method=MATCH):
+        kind, title = row["kind"], f"{row['kind']:6} (n {row['n']})"
+        texts = (
+            _against_swap(comparisons, kind)
+            + _against_concat(comparisons, kind)
+            + _with_mask(rows, kind)
+            + _lambda_trade_off(rows, kind)
+        )
+        lines += [verdict(met, f"{title}: {text}") for met, text in texts]
+    return lines
+
+
+def _compared(comparisons: list[dict], kind: str, against: str, metric: str) -> dict:
+    return find(comparisons, group=ONE, kind=kind, method=MATCH, against=against, metric=metric)
+
+
+def _against_swap(comparisons: list[dict], kind: str) -> list[tuple[bool, str]]:
+    ratio, kept, colour, shape = (
+        _compared(comparisons, kind, SWAP, metric)
+        for metric in ("trajectory_error_px", KEPT[0], "colour_accuracy", "shape_accuracy")
+    )
+    worst = min(colour["estimate"], shape["estimate"])
+    return [
+        (ratio["estimate"] <= 0.7, f"trajectory error {ratio['estimate']:.2f} of {SWAP}'s, at most 0.70"),
+        (ratio["high"] < 1, f"upper end of its interval {ratio['high']:.2f}, below 1"),
+        (kept["estimate"] >= 0, f"kept region {kept['estimate']:+.1f} dB, not lower"),
+        (worst >= -0.05, f"colour {colour['estimate']:+.3f}, shape {shape['estimate']:+.3f}, at least -0.05"),
+    ]
+
+
+def _against_concat(comparisons: list[dict], kind: str) -> list[tuple[bool, str]]:
+    ratio = _compared(comparisons, kind, CONCAT, "trajectory_error_px")
+    interval = f"[{ratio['low']:.2f}, {ratio['high']:.2f}]"
+    return [(ratio["high"] < 1, f"trajectory error {ratio['estimate']:.2f} {interval} of concat's, interval below 1")]
+
+
+def _with_mask(rows: list[dict], kind: str) -> list[tuple[bool, str]]:
+    kept = find(rows, group=ONE, kind=kind, method=MATCH_MASK)[KEPT[1]]
+    return [(kept >= 35, f"with mask, kept region against the VAE {kept:.1f} dB, at least 35")]
+
+
+def _lambda_trade_off(rows: list[dict], kind: str) -> list[tuple[bool, str]]:
+    """The paper's: a larger lambda preserves more and follows the prompt less. Else, what shows instead."""
+    series = [find(rows, group=ONE, kind=kind, method=method) for method in (MATCH_LOW, MATCH, MATCH_HIGH)]
+    fidelity = [(row["colour_accuracy"] + row["shape_accuracy"]) / 2 for row in series]
+    kept, error = ([row[metric] for row in series] for metric in (KEPT[0], "trajectory_error_px"))
+    found = tuple(map(figures.trend, (fidelity, kept, error)))
+    shown = (
+        f"fidelity {found[0]} ({_numbers(fidelity, 3)}), kept dB {found[1]} ({_numbers(kept, 1)}), "
+        f"trajectory error {found[2]} ({_numbers(error, 2)})"
+    )
+    return [(found == ("falls", "rises", "falls"), f"with lambda, {shown}; the paper's: falls, rises, falls")]
+
+
+def _numbers(values: Sequence[float], digits: int) -> str:
+    return ", ".join(f"{value:.{digits}f}" for value in values)
+
+
+def of_frames(rows: list[dict], comparisons: list[dict]) -> list[str]:
+    """32 frames against 16; no target."""
+    lines = []
+    for method in (SWAP, MATCH):
+        few, many = (find(rows, group=f"{n} frames", kind=figures.ALL, method=method) for n in FRAME_COUNTS)
+        ratios = {metric: many[metric] / few[metric] for metric in ("seconds", "peak_mb", "trajectory_error_px")}
+        lines.append(
+            f"  {method}, 32 frames against 16: time {ratios['seconds']:.2f}, peak memory {ratios['peak_mb']:.2f}, "
+            f"trajectory error {ratios['trajectory_error_px']:.2f}"
+        )
+    return lines
+
+
+def of_options(rows: list[dict], comparisons: list[dict]) -> list[str]:
+    """Options whose trajectory error differs from the default's beyond the interval; no target."""
+    lines = []
+    for r in comparisons:
+        if r["against"] == MATCH and r["metric"] == "trajectory_error_px" and r["kind"] == figures.ALL:
+            word = "better than" if r["high"] < 1 else "worse than" if r["low"] > 1 else "not told from"
+            interval = f"{r['estimate']:.2f} [{r['low']:.2f}, {r['high']:.2f}]"
+            lines.append(f"  {r['method']:34} {word} the default: trajectory error {interval}")
+    return lines
+
+
+def of_crossing(rows: list[dict], comparisons: list[dict]) -> list[str]:
+    """The trajectory target on the clips that are hard; not binding, the model never saw the like."""
+    lines = []
+    for group in (FAST, CROSSING):
+        wanted = {"kind": figures.ALL, "method": MATCH, "metric": "trajectory_error_px"}
+        ratio = find(comparisons, group=group, against=SWAP, **wanted)
+        interval = f"[{ratio['low']:.2f}, {ratio['high']:.2f}]"
+        text = (
+            f"{group} (n {ratio['n']}): trajectory error {ratio['estimate']:.2f} {interval} of {SWAP}'s, at most 0.70"
+        )
+        lines.append(verdict(ratio["estimate"] <= 0.7, text))
+    return lines
+
+
+def of_sequential(rows: list[dict], comparisons: list[dict]) -> list[str]:
+    """Whether the second edit leaves the first object as the first edit made it."""
+    row = find(rows, kind=figures.ALL, method=SEQUENCE_MATCH)
+    kept = (
+        f"left object right {row['first_right_before']:.2f} after its edit, {row['first_right']:.2f} after the other's"
+    )
+    held = row["first_right"] >= row["first_right_before"]
+    lines = [verdict(held, f"{SEQUENCE_MATCH} (n {row['n']}): {kept}, {row['first_psnr_db']:.1f} dB around it")]
+    for against in (AT_ONCE, SEQUENCE_SWAP):
+        wanted = {"kind": figures.ALL, "method": SEQUENCE_MATCH, "against": against}
+        r = find(comparisons, metric="first_right", **wanted)
+        lines.append(
+            f"  left object right, against {against}: {r['estimate']:+.2f} [{r['low']:+.2f}, {r['high']:+.2f}]"
+        )
+    return lines

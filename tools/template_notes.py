@@ -1,0 +1,140 @@
+"""What the two notes in each template say, by the template's key."""
+
+from __future__ import annotations
+
+from template_settings import (
+    ADD_START,
+    COMPARED_LAMBDAS,
+    TINY_LAMBDA,
+    ZEROSCOPE,
+    ZEROSCOPE_FRAMES,
+    ZEROSCOPE_SIDE,
+    ZEROSCOPE_URL,
+)
+
+NOTHING_NEEDED = "No download, no GPU."
+
+ABOUT = {
+    "prompt_swap": f"""## Prompt swap
+Press **Run**: the red circle becomes a square. {NOTHING_NEEDED}
+
+1. **Invert Video** runs the model backwards from the clip to noise.
+2. **Sample from Trajectory** runs it forwards again, with a new prompt.
+
+Nothing ties the edit to the clip but the noise that it starts from: motion and background may drift. That is what the \
+*STR-Match* templates cure.""",
+    "str_match": f"""## STR-Match
+Press **Run**: the red circle becomes a square. {NOTHING_NEEDED}
+
+1. **Invert Video** runs the model backwards from the clip to noise.
+2. **Capture STR Score** chooses what to keep: which pixel is related to which, from frame to frame.
+3. **STR Latent Optimizer** runs forwards with a new prompt and pulls every step towards those relations.
+
+**STR Cosine Curve** shows how well they match at each step: less while the new prompt takes hold, then more. This \
+tiny model wants a large **lambda** ({TINY_LAMBDA:g}). Start real models at 0.01.""",
+    "str_match_mask": f"""## STR-Match with a mask
+Press **Run**: the red circle becomes a square, and all that lies outside the mask stays as it was. {NOTHING_NEEDED}
+
+White in the mask = edit. **dilation** grows it by a few pixels, so that a larger object has room.""",
+    "relevance_mask": f"""## A mask without painting
+Press **Run**: the model's own attention finds the circle in every frame, and the edit stays inside that mask. \
+{NOTHING_NEEDED}
+
+1. **Preview Relevance** asks what in each frame belongs to one point of the clip.
+2. Click another place on its preview and run again: the mask follows what you clicked. The inversion is kept.
+3. **STR Latent Optimizer** takes the mask as it would take a painted one.""",
+    "several": f"""## Two objects, one after another
+Press **Run**: first the left object changes, then the right one. {NOTHING_NEEDED}
+
+1. The first edit has the mask of the left object. Its prompt also says what stays.
+2. **Invert Video** inverts the edited *latent*: no decoding between, so nothing is lost in the VAE. Its prompt is \
+that of the first edit.
+3. The second edit has the mask of the right object. A third would go on in the same way.""",
+    "delete": f"""## Delete an object
+Press **Run**: the red circle on the right goes, the blue one stays. {NOTHING_NEEDED}
+
+The mask says what goes, the prompt says **what remains**. With **task** *delete* nothing inside the mask is matched; \
+with *change* the match would hold the number of objects, and a second blue circle takes the place of the red one.""",
+    "add": f"""## Add an object
+Press **Run**: a green square joins the blue circle. {NOTHING_NEEDED}
+
+The mask says where the object comes: one that moves gives an object that moves. The prompt says all that there will \
+be. With **task** *add* nothing inside the mask is matched.
+
+**start_percent** {ADD_START:g}: the first steps decide whether there is an object at all, and matching would keep the \
+place empty. (The clip has two objects; the red one is painted over first.)""",
+    "compare_lambdas": f"""## Compare lambdas
+Press **Run**: one film shows the clip and four edits of it. {NOTHING_NEEDED}
+
+1. **Sweep Lambda** makes a sampler for each value.
+2. All that follows runs once for each, in order, up to *Two by two*, which sets the films side by side.
+
+Left to right, top to bottom: {COMPARED_LAMBDAS}. 0 is the plain prompt swap, which loses the way of the circle; the \
+last is too large and damages the picture.""",
+    "save_and_load": f"""## Save and load a trajectory
+Press **Run**: the circle becomes a square, and *Save Trajectory* keeps the inversion in a file. {NOTHING_NEEDED}
+
+To edit from the file, on another day:
+1. Press **R**, so that *Load Trajectory* lists it, and choose it there.
+2. Right-click the title of the group *Another day*: *Set Group Nodes to Always*.
+3. Right-click that of the group *Today*: *Set Group Nodes to Never*. Run: nothing is inverted.""",
+    "zeroscope": f"""## STR-Match on Zeroscope
+**Download** all of [{ZEROSCOPE}]({ZEROSCOPE_URL}) in diffusers layout (folders `unet`, `vae`, `text_encoder`, \
+`tokenizer`) to
+
+`ComfyUI/models/diffusers/{ZEROSCOPE}`
+
+and press **R** to refresh. Then choose your clip, write what it shows and what it should show, and run. *Predict \
+Cost* says first how long it will take: cancel if that is too long.
+
+**Fit Clip to Model** takes the first {ZEROSCOPE_FRAMES} frames and scales the longest side to {ZEROSCOPE_SIDE}. A \
+clip of 24 frames a second moves little in so few: set **every_nth** to 3.""",
+}
+
+TRY = {
+    "prompt_swap": """### Try
+- **edit** 1 and 3 in *Load Example Clip*: other prompts for the same clip.
+- another **clip**: 04 to 07 have two objects.
+- connect **mask_1** to *Sample from Trajectory*, with **dilation** 4: the background stays.""",
+    "str_match": f"""### Try
+- **lambda** {TINY_LAMBDA:g} -> 0.02: the prompt counts more; look at the curve too. Larger: motion and background \
+stay more. (At 0 there is no match and no curve: that is the template *prompt swap*.)
+- **edit** 1 and 3 in *Load Example Clip*: other prompts for the same clip.
+- another **clip**: 04 to 07 have two objects.
+- **end_percent** 0.5: match only in the first half, which is faster. 1: the background picks up more of a tint.""",
+    "str_match_mask": """### Try
+- **dilation** 0 and 16: too tight cuts the new shape, too wide lets the background change.
+- **edit** 1 in *Load Example Clip*: a new colour. (Edit 3 changes the background, which this mask keeps.)
+- **mask_2** with a clip of two objects (04 to 07).
+- **lambda** 0: the mask alone.""",
+    "relevance_mask": """### Try
+- another **clip** (04 to 07 have two objects), then a click on one of them and **edit** 1 to 3.
+- **threshold** smaller: the mask grows.
+- a click on the background: what belongs to it?""",
+    "several": """### Try
+- other words for the object in the second prompt; keep the rest of it as in the first.
+- **refinements** 0 in the second *Invert Video*: faster, a little less exact.
+- both changes in one edit without a mask, as in the template *STR-Match*: quicker, and each disturbs the other.""",
+    "delete": """### Try
+- **task** *change*: a blue circle in place of the red one.
+- clip 07 with **mask_1** and the prompt *a yellow circle on a navy background*.
+- other clips of two objects (04 to 07): this tiny model often puts a copy of what remains in the place.""",
+    "add": """### Try
+- **start_percent** 0: no square. **lambda** 0: the mask alone.
+- other words for the green square in the prompt.
+- a mask that stands still. On most clips this tiny model then leaves the place empty: real models have seen more.""",
+    "compare_lambdas": """### Try
+- other values; the film has room for four. For more, enlarge *Two by two*.
+- **edit** 2 in *Load Example Clip*: a red square.
+- a **mask** on *STR Latent Optimizer*: every edit gets it.""",
+    "save_and_load": """### Try
+- the file in another graph: *Load Trajectory* wants the same model and the same prompt of the clip.
+- another prompt there: it names what differs, instead of a bad edit.
+- *Sample from Trajectory* behind it: a plain prompt swap.""",
+    "zeroscope": """### Try
+- **lambda** 0.005 to 0.05. Smaller: more of the prompt. Larger: more of the clip's motion and background.
+- **steps** 20 in *Invert Video* for a first look, 50 for the result.
+- a **mask** (white = edit) on *Fit Clip to Model*, from there to *STR Latent Optimizer*: the rest of the picture stays.
+- Both prompts alike but for the object work best.
+- *Load Trajectory* in place of *Invert Video*: go on from the file of the first run.""",
+}

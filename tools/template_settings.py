@@ -1,0 +1,38 @@
+"""Clips, prompts and settings of the templates, measured or tried on the embedded model."""
+
+TINY_MODEL = "embedded tiny model"
+TINY_SIDE = 64  # pixels of an example clip
+TINY_STEPS = 20
+TINY_CFG = 4.0
+TINY_LAMBDA = 0.08
+TINY_END = 0.8
+TINY_DILATION = 4.0
+TINY_MATCHING = {"strength": TINY_LAMBDA, "end_percent": TINY_END, "dilation": TINY_DILATION}
+
+ONE_OBJECT = "clip_00 - a red circle on a gray background"
+NEW_SHAPE, NEW_COLOR = 2, 1  # of its prompts: a red square, a blue circle
+IN_THE_OBJECT = {"x": 17, "y": 22, "frame": 0}
+COMPARED_LAMBDAS = "0, 0.02, 0.08, 0.15"
+
+ZEROSCOPE = "zeroscope_v2_576w"
+ZEROSCOPE_URL = "https://huggingface.co/cerspense/zeroscope_v2_576w"
+ZEROSCOPE_SIDE = 576
+ZEROSCOPE_FRAMES = 16
+
+SEED = 0  # of the noise that a deletion or addition begins from
+
+DELETE_CLIP = "clip_05 - a blue circle on the left and a red circle on the right, white background"
+DELETE_DILATION = 8.0
+DELETE_PROMPT = "a blue circle on a white background"
+
+ADD_CLIP = DELETE_CLIP
+ADD_SOURCE = "a blue circle on a white background"  # once its right object is painted over
+ADD_GRAY = 0.96  # of its background
+ADD_PROMPT = "a blue circle on the left and a green square on the right, white background"
+ADD_START = 0.25  # matching from the first step on keeps the place empty
+
+SEVERAL_CLIP = "clip_04 - a red circle on the left and a green square on the right, gray background"
+SEVERAL_PROMPTS = (  # after the first edit, after the second
+    "a yellow square on the left and a green square on the right, gray background",
+    "a yellow square on the left and a blue triangle on the right, gray background",
+)
