@@ -8,7 +8,10 @@ The paper's equations 2 to 4 were not available in full; the form below is this 
 F frames, H heads, N tokens a frame, D head dimension, P a block of query tokens.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import combinations_with_replacement, product
+from math import isqrt
 from typing import Literal
 
 import torch
@@ -104,9 +107,9 @@ def matching_loss(
 
     The cosine runs over all entries of `str_score` with the same options. `weight` (F, N) in [0, 1] multiplies each
     term of the score by w_i(p) w_j(q); where it leaves nothing, the loss is 0 without a gradient. Gradients flow into
-    the target only. Scores are formed `rows` query tokens at a time (None: as many as make blocks of about 8 MB) and
-    formed again in the backward pass: saved are query, key, their log-sum-exp and the temporal map; the peak is about
-    ten (F, H, rows, N) blocks. Softmax in float32 (float64 for float64 input), sums in float64.
+    the target only. Scores are formed in tiles of `rows` x `rows` tokens (None: of about 8 MB) and formed again in the
+    backward pass: saved are query, key, their log-sum-exp and the temporal map; the peak is about ten
+    (F, H, rows, rows) tiles. Softmax in float32 (float64 for float64 input), sums in float64.
     """
     if source.query.shape[:3] != target.query.shape[:3]:
         raise ValueError(
@@ -114,7 +117,7 @@ def matching_loss(
             f"{tuple(target.query.shape)} (frames, heads, tokens, ...); expected the same clip size in both"
         )
     frames, heads, tokens, _ = target.query.shape
-    rows = rows or max(1, BLOCK_ELEMENTS // (frames * heads * tokens))
+    rows = rows or max(1, isqrt(TILE_ELEMENTS // (frames * heads)))
     reach = min(radius or frames, frames - 1)
     plan = _Plan(reach, paths, bidirectional, per_pair, rows, source.logit_scale, target.logit_scale)
     given = source.detach()
@@ -123,7 +126,7 @@ def matching_loss(
     )
 
 
-BLOCK_ELEMENTS = 2**21
+TILE_ELEMENTS = 2**21
 
 
 @dataclass(frozen=True)
@@ -141,6 +144,11 @@ class _Plan:
         return [d for d in range(-self.reach, self.reach + 1) if d]
 
     @property
+    def sums_over(self) -> list[list[int]]:
+        """The distances over which one score sums: all of them, or each by itself."""
+        return [[d] for d in self.distances] if self.per_pair and self.paths != "concat" else [self.distances]
+
+    @property
     def looks_back(self) -> bool:
         """Whether a score holds S(q, p) besides S(p, q)."""
         return self.bidirectional and self.paths != "concat"
@@ -156,21 +164,19 @@ class _Maps:
     tau: Tensor
     scale: float
 
-    def rows(self, block: slice) -> Tensor:
-        """S_i(p, q) of the rows p in `block`: (F, H, P, N)."""
-        return (self.query[:, :, block] * self.scale @ self.key.mT).sub_(self.lse[:, :, block, None]).exp_()
-
-    def columns(self, block: slice) -> Tensor:
-        """S_i(q, p) of the columns p in `block`, as (F, H, P, N)."""
-        return (self.key[:, :, block] * self.scale @ self.query.mT).sub_(self.lse[:, :, None, :]).exp_()
+    def tile(self, p: slice, q: slice) -> Tensor:
+        """S_i(p, q): (F, H, P, Q)."""
+        return (self.query[:, :, p] * self.scale @ self.key[:, :, q].mT).sub_(self.lse[:, :, p, None]).exp_()
 
 
 def _prepare(query: Tensor, key: Tensor, temporal: Tensor, scale: float, rows: int) -> _Maps:
     work = torch.promote_types(query.dtype, torch.float32)
     query, key = query.to(work), key.to(work)
     lse = torch.empty(query.shape[:-1], dtype=work, device=query.device)
-    for block in _blocks(query.shape[2], rows):
-        lse[:, :, block] = torch.logsumexp(query[:, :, block] * scale @ key.mT, -1)
+    blocks = _blocks(query.shape[2], rows)
+    for p in blocks:
+        parts = [torch.logsumexp(query[:, :, p] * scale @ key[:, :, q].mT, -1) for q in blocks]
+        lse[:, :, p] = torch.logsumexp(torch.stack(parts), 0)
     return _Maps(query, key, lse, temporal.to(work).permute(2, 3, 1, 0).contiguous(), scale)
 
 
@@ -178,41 +184,110 @@ def _blocks(tokens: int, rows: int) -> list[slice]:
     return [slice(start, min(start + rows, tokens)) for start in range(0, tokens, rows)]
 
 
-def _scores(forth: Tensor, back: Tensor | None, tau: Tensor, block: slice, plan: _Plan, weight: Tensor | None):
-    """Yields the rows `block` of the score: (F, H, P, N), or for per_pair one (pairs, H, P, N) a distance d = j - i.
+Pair = tuple[slice, slice]
 
-    forth, back: S_i(p, q) and S_i(q, p) as (F, H, P, N). Differentiable in them and in tau.
+
+def _pairs_of_blocks(blocks: list[slice]) -> list[list[Pair]]:
+    """The tiles (p, q) of a map, each with its mirror image (q, p): a score needs S at both."""
+    tiles = combinations_with_replacement(blocks, 2)
+    return [[(p, q)] if p == q else [(p, q), (q, p)] for p, q in tiles]
+
+
+@dataclass(frozen=True)
+class _Term:
+    """One product in g: a spatial map times a temporal one at distance `sign` d, in frame i or in frame j = i + d.
+
+    A map in frame i meets the temporal map of its column q, one in frame j that of its row p.
     """
-    seen = None if weight is None else weight[:, None, None, :]
-    own = None if weight is None else weight[:, None, block, None]
+
+    of_source: bool  # S(p, q) rather than S(q, p)
+    sign: int
+    in_own_frame: bool
+
+
+def _terms(plan: _Plan) -> list[_Term]:
+    terms = []
+    if plan.paths != "temporal-spatial":
+        terms += [_Term(True, 1, True), _Term(False, -1, False)]
+    if plan.paths != "spatial-temporal":
+        terms += [_Term(True, 1, False), _Term(False, -1, True)]
+    return [term for term in terms if term.of_source or plan.bidirectional]
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """S_i(p, q) and S_i(q, p), both as (F, H, P, Q), and tau, from which a tile of the score is made.
+
+    Also what a tile gives them back: gradients of the same shapes. backward is None where the score does not need it.
+    """
+
+    forward: Tensor
+    backward: Tensor | None
+    tau: Tensor
+
+    def map_of(self, term: _Term) -> Tensor:
+        return self.forward if term.of_source else self.backward
+
+
+def _score(tile: _Tile, place: Pair, distances: list[int], plan: _Plan, weight: Tensor | None) -> Tensor:
+    """Omega_i(p, q) over these distances j - i: (F, H, P, Q)."""
+    p, q = place
     if plan.paths == "concat":
-        yield forth if weight is None else forth * seen * own
+        total = tile.forward.clone()
+    else:
+        total = torch.zeros_like(tile.forward)
+        for term in _terms(plan):
+            spatial = tile.map_of(term)
+            if term.in_own_frame:
+                total.addcmul_(spatial, _summed(tile.tau, term, distances, q, weight)[:, :, None])
+                continue
+            spatial = spatial if weight is None else spatial * weight[:, None, None, q]
+            for d in distances:
+                near, far = _pairs(len(total), d)
+                total[near].addcmul_(spatial[far], _at_distance(tile.tau, term.sign * d)[:, :, p, None])
+    return total if weight is None else total.mul_(_around(weight, place, plan))
+
+
+def _score_gradient(
+    flow: Tensor, tile: _Tile, into: _Tile, place: Pair, distances: list[int], plan: _Plan, weight: Tensor | None
+) -> None:
+    """The adjoint of `_score`: adds to `into` what d loss / d Omega, `flow`, means for the tile's maps."""
+    p, q = place
+    flow = flow if weight is None else flow * _around(weight, place, plan)
+    if plan.paths == "concat":
+        into.forward.add_(flow)
         return
-    total = None
-    for d in plan.distances:
-        near, far = _pairs(len(forth), d)
-        score = None
-        if plan.paths != "temporal-spatial":
-            score = _add(score, forth[near], _at_distance(tau, d)[:, :, None, :])
-            if back is not None:
-                score = _add(score, back[far], _at_distance(tau, -d)[:, :, block, None])
-        if plan.paths != "spatial-temporal":
-            score = _add(score, forth[far], _at_distance(tau, d)[:, :, block, None])
-            if back is not None:
-                score = _add(score, back[near], _at_distance(tau, -d)[:, :, None, :])
-        if weight is not None:
-            score = score * (seen[far] * own[near])
-        if plan.per_pair:
-            yield score
-        else:
-            total = forth.new_zeros(forth.shape) if total is None else total
-            total[near] += score
-    if not plan.per_pair:
-        yield total
+    for term in _terms(plan):
+        spatial, gradient = tile.map_of(term), into.map_of(term)
+        if term.in_own_frame:
+            gradient.addcmul_(flow, _summed(tile.tau, term, distances, q, weight)[:, :, None])
+            of_columns = (flow * spatial).sum(2)
+            for d in distances:
+                near, far = _pairs(len(flow), d)
+                seen = 1 if weight is None else weight[far, None, q]
+                _at_distance(into.tau, term.sign * d)[:, :, q] += of_columns[near] * seen
+            continue
+        for d in distances:
+            near, far = _pairs(len(flow), d)
+            seen = flow[near] if weight is None else flow[near] * weight[far, None, None, q]
+            gradient[far].addcmul_(seen, _at_distance(tile.tau, term.sign * d)[:, :, p, None])
+            _at_distance(into.tau, term.sign * d)[:, :, p] += (seen * spatial[far]).sum(-1)
 
 
-def _add(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-    return a * b if total is None else torch.addcmul(total, a, b)
+def _summed(tau: Tensor, term: _Term, distances: list[int], q: slice, weight: Tensor | None) -> Tensor:
+    """What the columns q of a map in frame i are multiplied with, over all its neighbours j: (F, H, Q)."""
+    total = torch.zeros_like(tau[0, :, :, q])
+    for d in distances:
+        near, far = _pairs(len(tau), d)
+        total[near] += _at_distance(tau, term.sign * d)[:, :, q] * (1 if weight is None else weight[far, None, q])
+    return total
+
+
+def _around(weight: Tensor, place: Pair, plan: _Plan) -> Tensor:
+    """The factors of a tile that do not depend on j: w_i(p), and for concat w_i(q) too."""
+    p, q = place
+    own = weight[:, None, p, None]
+    return own * weight[:, None, None, q] if plan.paths == "concat" else own
 
 
 def _pairs(frames: int, d: int) -> tuple[slice, slice]:
@@ -235,8 +310,8 @@ class _CosineLoss(torch.autograd.Function):
         if weight is not None:
             weight = weight.to(target.query)
         sums = _Sums()
-        for block in _blocks(query.shape[2], plan.rows):
-            for omega_s, omega_t in zip(*(_scores_of(m, block, plan, weight) for m in (source, target)), strict=True):
+        for places in _pairs_of_blocks(_blocks(query.shape[2], plan.rows)):
+            for omega_s, omega_t in zip(*(_scores_of(m, places, plan, weight) for m in (source, target)), strict=True):
                 sums.add(omega_s, omega_t)
         if plan.paths == "concat":
             sums.add(_weighted_tau(source.tau, weight), _weighted_tau(target.tau, weight))
@@ -251,11 +326,11 @@ class _CosineLoss(torch.autograd.Function):
         target = _Maps(*ctx.saved_tensors, plan.target_scale)
         to_dot, to_square = (g.to(target.query) for g in sums.gradient(-grad))
         total = _Gradients(*(torch.zeros_like(t) for t in ctx.saved_tensors))
-        for block in _blocks(target.query.shape[2], plan.rows):
-            _add_block_gradient(total, ctx.source, target, block, plan, ctx.weight, to_dot, to_square)
+        for places in _pairs_of_blocks(_blocks(target.query.shape[2], plan.rows)):
+            _add_gradient(total, ctx.source, target, places, plan, ctx.weight, to_dot, to_square)
         if plan.paths == "concat":
-            taus = (_weighted_tau(t, ctx.weight) for t in (ctx.source.tau, target.tau))
-            total.tau.add_(_weighted_tau(_mix(*taus, to_dot, to_square), ctx.weight))
+            given, own = (_weighted_tau(t, ctx.weight) for t in (ctx.source.tau, target.tau))
+            total.tau.add_(_weighted_tau(_mix(given, own.clone(), to_dot, to_square), ctx.weight))
         _add_normaliser_gradient(total, target, plan)
         query, key, temporal = ctx.dtypes
         return total.query.to(query), total.key.to(key), total.tau.permute(3, 2, 0, 1).to(temporal), *(None,) * 5
@@ -290,9 +365,17 @@ class _Sums:
 SMALLEST = torch.finfo(torch.float64).tiny
 
 
-def _scores_of(maps: _Maps, block: slice, plan: _Plan, weight: Tensor | None):
-    back = maps.columns(block) if plan.looks_back else None
-    return _scores(maps.rows(block), back, maps.tau, block, plan, weight)
+def _scores_of(maps: _Maps, places: list[Pair], plan: _Plan, weight: Tensor | None) -> Iterator[Tensor]:
+    tiles = _tiles([maps.tile(*place) for place in places], maps.tau, plan)
+    for tile, place in zip(tiles, places, strict=True):
+        for distances in plan.sums_over:
+            yield _score(tile, place, distances, plan, weight)
+
+
+def _tiles(spatial: list[Tensor], tau: Tensor, plan: _Plan) -> list[_Tile]:
+    """A tile and its mirror image, or the one that is its own: each needs the other's map, transposed."""
+    mirrored = [m.mT.contiguous() if plan.looks_back else None for m in reversed(spatial)]
+    return [_Tile(forward, backward, tau) for forward, backward in zip(spatial, mirrored, strict=True)]
 
 
 def _weighted_tau(tau: Tensor, weight: Tensor | None) -> Tensor:
@@ -301,7 +384,8 @@ def _weighted_tau(tau: Tensor, weight: Tensor | None) -> Tensor:
 
 
 def _mix(source: Tensor, target: Tensor, to_dot: Tensor, to_square: Tensor) -> Tensor:
-    return to_square * target.detach() + to_dot * source
+    """to_square target + to_dot source, in the memory of `target`."""
+    return target.mul_(to_square).addcmul_(source, to_dot)
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
@@ -320,43 +404,33 @@ class _Gradients:
     lse: Tensor
     tau: Tensor
 
-    def add_rows(self, flow: Tensor, maps: _Maps, block: slice) -> None:
-        """Carries d loss / d logits of S(p, q), p in `block`: (F, H, P, N), into query and key."""
+    def add_logits(self, flow: Tensor, maps: _Maps, p: slice, q: slice) -> None:
+        """Carries d loss / d logits of S(p, q), (F, H, P, Q), into query and key."""
         flow.mul_(maps.scale)
-        self.query[:, :, block] += flow @ maps.key
-        self.key.add_(flow.mT @ maps.query[:, :, block])
-
-    def add_columns(self, flow: Tensor, maps: _Maps, block: slice) -> None:
-        """The same of S(q, p), p in `block`, as (F, H, P, N)."""
-        flow.mul_(maps.scale)
-        self.key[:, :, block] += flow @ maps.query
-        self.query.add_(flow.mT @ maps.key[:, :, block])
+        self.query[:, :, p] += flow @ maps.key[:, :, q]
+        self.key[:, :, q] += flow.mT @ maps.query[:, :, p]
 
 
-def _add_block_gradient(total: _Gradients, source, target, block, plan, weight, to_dot, to_square):
-    """Adds what the rows `block` of the score contribute to d loss / d (query, key, lse, tau)."""
-    forth, tau = target.rows(block).requires_grad_(), target.tau.detach().requires_grad_()
-    back = target.columns(block).requires_grad_() if plan.looks_back else None
-    leaves = [leaf for leaf in (forth, back, tau) if leaf is not None]
-    sums = [torch.zeros_like(leaf) for leaf in leaves]
-    with torch.enable_grad():
-        omegas_t = _scores(forth, back, tau, block, plan, weight)
-        for omega_s, omega_t in zip(_scores_of(source, block, plan, weight), omegas_t, strict=True):
-            flow = _mix(omega_s, omega_t, to_dot, to_square)
-            for whole, part in zip(sums, torch.autograd.grad(omega_t, leaves, flow, allow_unused=True), strict=True):
-                if part is not None:
-                    whole.add_(part)
-    total.tau.add_(sums[-1])
-    flow = sums[0].mul_(forth.detach())
-    total.lse[:, :, block] -= flow.sum(-1)
-    total.add_rows(flow, target, block)
-    if back is not None:
-        flow = sums[1].mul_(back.detach())
-        total.lse.sub_(flow.sum(-2))
-        total.add_columns(flow, target, block)
+def _add_gradient(total: _Gradients, source, target, places, plan, weight, to_dot, to_square):
+    """Adds what a tile of the score and its mirror image contribute to d loss / d (query, key, lse, tau)."""
+    tiles = _tiles([target.tile(*place) for place in places], target.tau, plan)
+    flows = [torch.zeros_like(tile.forward) for tile in tiles]
+    given = _scores_of(source, places, plan, weight)
+    for tile, flow, mirrored, place in zip(tiles, flows, reversed(flows), places, strict=True):
+        into = _Tile(flow, torch.zeros_like(flow) if plan.looks_back else None, total.tau)
+        for distances in plan.sums_over:
+            score = _score(tile, place, distances, plan, weight)
+            _score_gradient(_mix(next(given), score, to_dot, to_square), tile, into, place, distances, plan, weight)
+        if into.backward is not None:
+            mirrored.add_(into.backward.mT)
+    for tile, flow, place in zip(tiles, flows, places, strict=True):
+        flow.mul_(tile.forward)
+        total.lse[:, :, place[0]] -= flow.sum(-1)
+        total.add_logits(flow, target, *place)
 
 
 def _add_normaliser_gradient(total: _Gradients, target: _Maps, plan: _Plan):
     """Carries the gradient of each row's log-sum-exp into query and key: d lse / d logits is the softmax."""
-    for block in _blocks(target.query.shape[2], plan.rows):
-        total.add_rows(target.rows(block).mul_(total.lse[:, :, block, None]), target, block)
+    blocks = _blocks(target.query.shape[2], plan.rows)
+    for p, q in product(blocks, blocks):
+        total.add_logits(target.tile(p, q).mul_(total.lse[:, :, p, None]), target, p, q)

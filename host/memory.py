@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..core.relevance import BLOCK_ELEMENTS, AttentionFeatures
+from ..core.relevance import TILE_ELEMENTS, AttentionFeatures
 from .families import Family
 
-LOSS_BLOCKS = 12
-"""Blocks of the score that live at once in the backward pass of the loss."""
+LOSS_TILES = 12
+"""Tiles of the score that live at once in the backward pass of the loss, rather too many than too few."""
 
 
 @dataclass(frozen=True)
@@ -83,13 +83,13 @@ class ActivationMeter:
 
 
 def loss_memory(features: Iterable[AttentionFeatures]) -> int:
-    """Bytes that matching these layers takes: features of both clips in float32, their gradients, blocks of scores."""
-    kept = block = 0
+    """Bytes that matching these layers takes: features of both clips in float32, their gradients, tiles of scores."""
+    kept = tile = 0
     for f in features:
         frames, heads, tokens, _ = f.query.shape
         kept += f.query.numel() + f.key.numel() + f.temporal.numel()
-        block = max(block, min(BLOCK_ELEMENTS, frames * heads * tokens**2))
-    return 4 * (3 * kept + LOSS_BLOCKS * block)
+        tile = max(tile, min(TILE_ELEMENTS, frames * heads * tokens**2))
+    return 4 * (3 * kept + LOSS_TILES * tile)
 
 
 def _bytes(value) -> int:

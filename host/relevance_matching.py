@@ -3,6 +3,7 @@
 import contextlib
 import logging
 from dataclasses import dataclass, replace
+from math import isqrt
 from typing import Any, Literal
 
 import comfy.model_management
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from ..core.guidance import StepRule, descend
 from ..core.masks import redraw_inside, to_latent_grid
-from ..core.relevance import BLOCK_ELEMENTS, AttentionFeatures, Paths, matching_loss
+from ..core.relevance import TILE_ELEMENTS, AttentionFeatures, Paths, matching_loss
 from ..core.trajectory import Trajectory
 from .attention_tap import AttentionTap, until_enough_seen
 from .checkpointing import checkpointed
@@ -30,8 +31,8 @@ STEPS_OF_LAMBDA = 50
 HALF_PRECISION_SCALE = 2.0**14
 """Loss scale for float16 models, whose gradients of a mean cosine would underflow."""
 
-SMALL_BLOCK = 1 / 8
-"""Size of the score's blocks, against the usual, when memory is short."""
+SMALLER_TILES = 8
+"""How many times smaller the score's tiles are when memory is short."""
 
 Task = Literal["change", "delete", "add"]
 
@@ -105,7 +106,7 @@ class RelevanceMatching:
 
     strength: lambda for 50 steps. start, end: percent of denoising in [0, 1] where it acts. task: "delete" and "add"
     leave what lies inside the mask out of the score, so that nothing there must be matched, and move the latent outside
-    it only. memory: "low" keeps no activations (block checkpointing) and forms the score in small blocks; "auto" does
+    it only. memory: "low" keeps no activations (block checkpointing) and forms the score in small tiles; "auto" does
     so when memory is short.
     """
 
@@ -280,12 +281,10 @@ class _Matcher:
     def _loss(self, target: dict[str, AttentionFeatures]) -> Tensor:
         losses = []
         for path, source in self._source.items():
-            frames, heads, tokens, _ = source.query.shape
-            rows = int(BLOCK_ELEMENTS * SMALL_BLOCK / (frames * heads * tokens)) or 1
-            rows = rows if self._run.low_memory else None
-            losses.append(
-                matching_loss(source, target[path], rows=rows, weight=self._weights.get(path), **self._score.form)
-            )
+            frames, heads = source.query.shape[:2]
+            rows = max(1, isqrt(TILE_ELEMENTS // (SMALLER_TILES * frames * heads))) if self._run.low_memory else None
+            weight = self._weights.get(path)
+            losses.append(matching_loss(source, target[path], rows=rows, weight=weight, **self._score.form))
         return torch.stack(losses).mean()
 
 

@@ -43,7 +43,6 @@ def tiny(
     mask: MaskMaker | None = None,
     task: str = "change",
     matching: bool = True,
-    dilation: float = use.TINY_DILATION,
 ) -> tuple[Node, Node]:
     """One edit on the embedded model, by default red circle to red square; its sampler and its latent.
 
@@ -51,12 +50,13 @@ def tiny(
     """
     model, clip = load(graph, clip)
     source = invert(graph, model, clip["images"], clip["source_prompt"], use.TINY_STEPS)
-    where = {"dilation": dilation, **({"mask": mask(graph, source, clip)} if mask else {})}
+    where = {"mask": mask(graph, source, clip)} if mask else {}
     conds = prompts(graph, model, prompt or clip["edit_prompt"])
     if matching:
-        sampler = str_sampler(graph, source.trajectory, task=task, **{**use.TINY_MATCHING, **where})
+        sampler = str_sampler(graph, source.trajectory, task=task, **use.TINY_MATCHING, **where)
     else:
-        sampler = graph.add("STE_SampleFromTrajectory", trajectory=source.trajectory["trajectory"], **where)
+        trajectory = source.trajectory["trajectory"]
+        sampler = graph.add("STE_SampleFromTrajectory", trajectory=trajectory, dilation=use.TINY_DILATION, **where)
     seed = None if task == "change" else use.SEED
     edit = sample(graph, source, conds, sampler["sampler"], use.TINY_CFG, seed)
     edited = result(graph, model, edit)
@@ -121,9 +121,8 @@ def add(graph: Graph, name: str) -> None:
     images = graph.add("ImageCompositeMasked", title="Paint one over", **layers)["IMAGE"]
     source = invert(graph, model, images, use.ADD_SOURCE, use.TINY_STEPS)
     conds = prompts(graph, model, use.ADD_PROMPT)
-    settings = {**use.TINY_MATCHING, "start_percent": use.ADD_START, "task": "add", "mask": clip["mask_2"]}
-    sampler = str_sampler(graph, source.trajectory, **settings)
-    edit = sample(graph, source, conds, sampler["sampler"], use.TINY_CFG)
+    sampler = str_sampler(graph, source.trajectory, **use.TINY_MATCHING, task="add", mask=clip["mask_2"])
+    edit = sample(graph, source, conds, sampler["sampler"], use.TINY_CFG, use.SEED)
     save(graph, images, clip["fps"], result(graph, model, edit), name)
 
 
@@ -283,10 +282,7 @@ def save(graph: Graph, images: Output, fps: Output, edited: Output, name: str) -
 
 
 FIRST, SECOND = (partial(of_the_clip, output=output) for output in ("mask_1", "mask_2"))
-DELETE = {
-    **{"clip": use.DELETE_CLIP, "prompt": use.DELETE_PROMPT, "mask": SECOND},
-    **{"task": "delete", "dilation": use.DELETE_DILATION},
-}
+DELETE = {"clip": use.DELETE_CLIP, "prompt": use.DELETE_PROMPT, "mask": SECOND, "task": "delete"}
 
 TEMPLATES: dict[str, tuple[str, Callable]] = {  # name: key of the notes and of the saved files, builder
     "Swap an object - prompt swap (tiny)": ("prompt_swap", partial(tiny, matching=False)),

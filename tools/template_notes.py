@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from template_settings import (
-    ADD_START,
     COMPARED_LAMBDAS,
     TINY_LAMBDA,
     ZEROSCOPE,
@@ -53,16 +52,17 @@ that of the first edit.
     "delete": f"""## Delete an object
 Press **Run**: the red circle on the right goes, the blue one stays. {NOTHING_NEEDED}
 
-The mask says what goes, the prompt says **what remains**. With **task** *delete* nothing inside the mask is matched; \
-with *change* the match would hold the number of objects, and a second blue circle takes the place of the red one.""",
+The mask says what goes, the prompt says **what remains**. With **task** *delete* the inside of the mask begins from \
+new noise, by the seed of *RandomNoise*, and nothing in there is matched; with *change* the match holds the number of \
+objects, and a second blue circle may take the place of the red one.""",
     "add": f"""## Add an object
 Press **Run**: a green square joins the blue circle. {NOTHING_NEEDED}
 
-The mask says where the object comes: one that moves gives an object that moves. The prompt says all that there will \
-be. With **task** *add* nothing inside the mask is matched.
+The mask says where the object comes: here one that moves, for an object that moves. The prompt says all that there \
+will be. With **task** *add* the inside of the mask begins from new noise, by the seed of *RandomNoise*, and nothing \
+in there is matched.
 
-**start_percent** {ADD_START:g}: the first steps decide whether there is an object at all, and matching would keep the \
-place empty. (The clip has two objects; the red one is painted over first.)""",
+(The clip has two objects; the red one is painted over before the inversion.)""",
     "compare_lambdas": f"""## Compare lambdas
 Press **Run**: one film shows the clip and four edits of it. {NOTHING_NEEDED}
 
@@ -116,13 +116,14 @@ stay more. (At 0 there is no match and no curve: that is the template *prompt sw
 - **refinements** 0 in the second *Invert Video*: faster, a little less exact.
 - both changes in one edit without a mask, as in the template *STR-Match*: quicker, and each disturbs the other.""",
     "delete": """### Try
-- **task** *change*: a blue circle in place of the red one.
+- **task** *change*, **dilation** 8: a blue circle in place of the red one.
 - clip 07 with **mask_1** and the prompt *a yellow circle on a navy background*.
 - other clips of two objects (04 to 07): this tiny model often puts a copy of what remains in the place.""",
     "add": """### Try
-- **start_percent** 0: no square. **lambda** 0: the mask alone.
+- another seed in *RandomNoise*: another square, now and then one that is missing in a frame.
+- **task** *change*: what does the match make of the square?
 - other words for the green square in the prompt.
-- a mask that stands still. On most clips this tiny model then leaves the place empty: real models have seen more.""",
+- a mask that stands still: this tiny model then often leaves the place empty.""",
     "compare_lambdas": """### Try
 - other values; the film has room for four. For more, enlarge *Two by two*.
 - **edit** 2 in *Load Example Clip*: a red square.

@@ -19,17 +19,15 @@ ZEROSCOPE_URL = "https://huggingface.co/cerspense/zeroscope_v2_576w"
 ZEROSCOPE_SIDE = 576
 ZEROSCOPE_FRAMES = 16
 
-SEED = 0  # of the noise that a deletion or addition begins from
+SEED = 1  # of the noise that a deletion or addition begins from
 
 DELETE_CLIP = "clip_05 - a blue circle on the left and a red circle on the right, white background"
-DELETE_DILATION = 8.0
 DELETE_PROMPT = "a blue circle on a white background"
 
 ADD_CLIP = DELETE_CLIP
 ADD_SOURCE = "a blue circle on a white background"  # once its right object is painted over
 ADD_GRAY = 0.96  # of its background
 ADD_PROMPT = "a blue circle on the left and a green square on the right, white background"
-ADD_START = 0.25  # matching from the first step on keeps the place empty
 
 SEVERAL_CLIP = "clip_04 - a red circle on the left and a green square on the right, gray background"
 SEVERAL_PROMPTS = (  # after the first edit, after the second
