@@ -53,6 +53,7 @@ from spacetime_edit.host.gradients import latent_gradient, normal_tensor, predic
 from spacetime_edit.host.loaders import unet3d
 from spacetime_edit.host.loaders.diffusers_folder import EMBEDDED_PATH, ModelFolder
 from spacetime_edit.host.loaders.unet3d_model import build
+from spacetime_edit.host.memory import small_tile
 from spacetime_edit.host.relevance_matching import RelevanceMatching, str_score_of
 from spacetime_edit.host.sampling import Step, TrajectorySampler
 from spacetime_edit.tools.shape_world import world
@@ -184,7 +185,8 @@ class GradientPeak:
         tap = AttentionTap(model, [recorder], differentiable=True)
 
         def loss(_) -> Tensor:
-            return sum(matching_loss(f, recorder.features[path]) for path, f in source.items())
+            rows = {path: small_tile(f) if self.checkpoint else None for path, f in source.items()}
+            return sum(matching_loss(f, recorder.features[path], rows=rows[path]) for path, f in source.items())
 
         family = family_of(model)
         blocks = checkpointed(base.diffusion_model, family, tap, recorder) if self.checkpoint else nullcontext()

@@ -56,18 +56,21 @@ class _Block:
         self._tap, self._run, self._recorder = tap, tap.run, recorder
         values, self._structure = tree_flatten((args, kwargs), is_leaf=_is_options)
         self._live: list | None = values
-        self._kept = [dict(v) if _is_options(v) else v for v in values]  # later blocks write into the options
         self._places = [i for i, v in enumerate(values) if isinstance(v, Tensor) and v.requires_grad]
+        self._kept = [dict(v) if _is_options(v) else v for v in values]  # later blocks write into the options
+        for place in self._places:
+            self._kept[place] = None  # autograd keeps these, and lets go of each once it has passed
         self._names: list[str] = []
         self._ended = False
 
     @property
     def inputs(self) -> list[Tensor]:
         """The arguments that carry gradients."""
-        return [self._kept[i] for i in self._places]
+        return [self._live[i] for i in self._places]
 
     def __call__(self):
         outputs = _Checkpoint.apply(self, *self.inputs)
+        self._live = None
         recorded = outputs[len(outputs) - len(self._names) :]
         self._recorder.tensors.update(zip(self._names, recorded, strict=True))
         if self._ended:
@@ -78,7 +81,6 @@ class _Block:
         """The block's outputs, flat, then what the recorder took; within a forward pass without graph."""
         known = set(self._recorder.tensors)
         outputs = self._outputs(inputs, self._live)
-        self._live = None
         self._names = [name for name in self._recorder.tensors if name not in known]
         return *outputs, *(self._recorder.tensors[name] for name in self._names)
 
@@ -115,9 +117,10 @@ class _Checkpoint(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *flow: Tensor | None):
+        block, ctx.block = ctx.block, None
         with torch.enable_grad():
             inputs = [t.detach().requires_grad_() for t in ctx.saved_tensors]
-            outputs = ctx.block.again(inputs)
+            outputs = block.again(inputs)
         pairs = [(o, g) for o, g in zip(outputs, flow, strict=True) if g is not None and o.requires_grad]
         ends, gradients = zip(*pairs, strict=True)
         return None, *torch.autograd.grad(ends, inputs, gradients, allow_unused=True)

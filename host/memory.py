@@ -4,6 +4,7 @@ import contextlib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from math import isqrt
 
 import torch
 from torch import Tensor
@@ -17,15 +18,19 @@ LOSS_TILES = 12
 
 @dataclass(frozen=True)
 class GradientMemory:
-    """Bytes beyond the weights: activations kept by a plain pass, or with block checkpointing, and the loss's own."""
+    """Bytes beyond the weights: activations kept by a plain pass, or with block checkpointing, and the loss's own.
+
+    small_loss: the loss in the smaller tiles that go with checkpointing.
+    """
 
     plain: int
     checkpointed: int
     loss: int = 0
+    small_loss: int = 0
 
     def total(self, checkpointing: bool) -> int:
         """Peak bytes of a gradient pass."""
-        return (self.checkpointed if checkpointing else self.plain) + self.loss
+        return self.checkpointed + self.small_loss if checkpointing else self.plain + self.loss
 
 
 class ActivationMeter:
@@ -82,13 +87,26 @@ class ActivationMeter:
             self._of_block[self._within] += _bytes(output)
 
 
-def loss_memory(features: Iterable[AttentionFeatures]) -> int:
-    """Bytes that matching these layers takes: features of both clips in float32, their gradients, tiles of scores."""
+SMALLER_TILES = 32
+"""How many times smaller the score's tiles are when memory is short."""
+
+
+def small_tile(features: AttentionFeatures) -> int:
+    """Tokens along a tile of the score when memory is short."""
+    frames, heads = features.query.shape[:2]
+    return max(1, isqrt(TILE_ELEMENTS // (SMALLER_TILES * frames * heads)))
+
+
+def loss_memory(features: Iterable[AttentionFeatures], smaller: int = 1) -> int:
+    """Bytes that matching these layers takes: features of both clips in float32, their gradients, tiles of scores.
+
+    smaller: how many times smaller than usual the tiles are.
+    """
     kept = tile = 0
     for f in features:
         frames, heads, tokens, _ = f.query.shape
         kept += f.query.numel() + f.key.numel() + f.temporal.numel()
-        tile = max(tile, min(TILE_ELEMENTS, frames * heads * tokens**2))
+        tile = max(tile, min(TILE_ELEMENTS // smaller, frames * heads * tokens**2))
     return 4 * (3 * kept + LOSS_TILES * tile)
 
 

@@ -3,7 +3,6 @@
 import contextlib
 import logging
 from dataclasses import dataclass, replace
-from math import isqrt
 from typing import Any, Literal
 
 import comfy.model_management
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from ..core.guidance import StepRule, descend
 from ..core.masks import redraw_inside, to_latent_grid
-from ..core.relevance import TILE_ELEMENTS, AttentionFeatures, Paths, matching_loss
+from ..core.relevance import AttentionFeatures, Paths, matching_loss
 from ..core.trajectory import Trajectory
 from .attention_tap import AttentionTap, until_enough_seen
 from .checkpointing import checkpointed
@@ -20,7 +19,7 @@ from .families import attention_layers, family_of, select_blocks
 from .features import FeatureRecorder
 from .gradients import latent_gradient, normal_tensor, predict
 from .latents import mask_like
-from .memory import ActivationMeter, GradientMemory, loss_memory
+from .memory import SMALLER_TILES, ActivationMeter, GradientMemory, loss_memory, small_tile
 from .sampling import Step
 
 log = logging.getLogger("spacetime_edit")
@@ -30,9 +29,6 @@ STEPS_OF_LAMBDA = 50
 
 HALF_PRECISION_SCALE = 2.0**14
 """Loss scale for float16 models, whose gradients of a mean cosine would underflow."""
-
-SMALLER_TILES = 8
-"""How many times smaller the score's tiles are when memory is short."""
 
 Task = Literal["change", "delete", "add"]
 
@@ -251,7 +247,9 @@ class _Matcher:
         meter = ActivationMeter(run.base_model.diffusion_model, family_of(run.trajectory.model))
         with meter.open():
             recorder = self._record_source()
-        self._run.memory = replace(meter.memory, loss=loss_memory(recorder.features.values()))
+        features = recorder.features.values()
+        loss, small_loss = loss_memory(features), loss_memory(features, SMALLER_TILES)
+        self._run.memory = replace(meter.memory, loss=loss, small_loss=small_loss)
         self._make_room(self._run.memory)
         return recorder
 
@@ -281,8 +279,7 @@ class _Matcher:
     def _loss(self, target: dict[str, AttentionFeatures]) -> Tensor:
         losses = []
         for path, source in self._source.items():
-            frames, heads = source.query.shape[:2]
-            rows = max(1, isqrt(TILE_ELEMENTS // (SMALLER_TILES * frames * heads))) if self._run.low_memory else None
+            rows = small_tile(source) if self._run.low_memory else None
             weight = self._weights.get(path)
             losses.append(matching_loss(source, target[path], rows=rows, weight=weight, **self._score.form))
         return torch.stack(losses).mean()

@@ -15,8 +15,8 @@ class STRCosineCurve(io.ComfyNode):
             display_name="STR Cosine Curve",
             category="Spacetime Edit/STR-Match",
             description="Draws how well the edit matched the source clip at each step: the cosine of their STR scores, "
-            "before the step moves the latent. 1 is a perfect match. A curve that falls says that lambda is too small "
-            "to hold the motion.",
+            "before the step moves the latent. 1 is a perfect match. A curve that falls and stays low says that "
+            "lambda is too small to hold the motion.",
             search_aliases=["str-match", "loss curve", "plot", "diagnose", "cosine similarity"],
             inputs=[
                 io.Sampler.Input("sampler", tooltip="The sampler from STR Latent Optimizer or Sweep Lambda."),

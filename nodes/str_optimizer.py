@@ -82,8 +82,8 @@ class STRLatentOptimizer(io.ComfyNode):
                     options=["auto", "low"],
                     default="auto",
                     advanced=True,
-                    tooltip="low: compute activations again instead of keeping them, in a fraction of the memory and "
-                    "about a third slower. auto: only when memory is short.",
+                    tooltip="low: compute activations again instead of keeping them: a third of the memory or less, "
+                    "and somewhat slower. auto: only when memory is short.",
                 ),
             ],
             outputs=[io.Sampler.Output(display_name="sampler", tooltip="Connect it to SamplerCustomAdvanced.")],

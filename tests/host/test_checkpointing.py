@@ -9,6 +9,7 @@ from spacetime_edit.host.checkpointing import checkpointed
 from spacetime_edit.host.families import attention_layers, family_of
 from spacetime_edit.host.features import FeatureRecorder
 from spacetime_edit.host.gradients import latent_gradient, predict
+from spacetime_edit.host.memory import small_tile
 from spacetime_edit.tests.host import support
 from spacetime_edit.tools.live_memory import PeakMemory
 
@@ -33,7 +34,8 @@ def gradient(model, positive, latent, source=None, *, checkpoint, output=False, 
         tap = AttentionTap(model, [recorder], differentiable=True)
 
         def loss(denoised):
-            value = sum(matching_loss(f, recorder.features[path]) for path, f in held.items())
+            rows = {path: small_tile(f) if checkpoint else None for path, f in held.items()}
+            value = sum(matching_loss(f, recorder.features[path], rows=rows[path]) for path, f in held.items())
             return value + torch.tanh(denoised).double().mean() if output else value
 
         def compute():

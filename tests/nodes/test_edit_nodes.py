@@ -337,7 +337,9 @@ def executor(monkeypatch):
 def prompt_of(**optimizer):
     """A whole edit in the API's form; STR Latent Optimizer is node 8."""
     inputs = {"score": ["7", 0], "strength": 0.01, "start_percent": 0.0, "end_percent": 1.0, "mask": ["2", 1]}
-    inputs |= {"dilation": 4.0, "blend": "trajectory", "iterations": 1, "step_rule": "normalised", **optimizer}
+    inputs |= {"dilation": 4.0, "blend": "trajectory", "iterations": 1, "step_rule": "normalised"}
+    inputs |= {"task": "change", "memory": "low", **optimizer}
+    form = {"paths": "both", "direction": "one way", "per_pair": True}
     clip = LoadExampleClip.define_schema().inputs[0].options[0]
     steps = {"steps": 2, "scheduler": "simple", "refinements": 0, "check_reconstruction": True}
     graph = {
@@ -347,7 +349,7 @@ def prompt_of(**optimizer):
         "4": ("CLIPTextEncode", {"clip": ["1", 1], "text": ["2", 4]}),
         "5": ("VAEEncode", {"pixels": ["2", 0], "vae": ["1", 2]}),
         "6": ("STE_InvertVideo", {"model": ["1", 0], "positive": ["3", 0], "latent": ["5", 0], **steps}),
-        "7": ("STE_CaptureSTRScore", {"trajectory": ["6", 0], "layers": "m0", "radius": 1}),
+        "7": ("STE_CaptureSTRScore", {"trajectory": ["6", 0], "layers": "m0", "radius": 1, **form}),
         "8": ("STE_STRLatentOptimizer", inputs),
         "9": ("CFGGuider", {"model": ["1", 0], "positive": ["4", 0], "negative": ["3", 0], "cfg": 3.0}),
         "10": ("RandomNoise", {"noise_seed": 1}),
