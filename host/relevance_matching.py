@@ -13,7 +13,7 @@ from ..core.guidance import StepRule, descend
 from ..core.masks import redraw_inside, to_latent_grid
 from ..core.relevance import AttentionFeatures, Paths, matching_loss
 from ..core.trajectory import Trajectory
-from .attention_tap import AttentionTap, until_enough_seen
+from .attention_tap import AttentionTap, Listener, until_enough_seen
 from .checkpointing import checkpointed
 from .families import attention_layers, family_of, select_blocks
 from .features import FeatureRecorder
@@ -179,7 +179,7 @@ class _Matcher:
     def __init__(self, matching: RelevanceMatching, step: Step, run: _MatchingRun):
         self._matching, self._score, self._step, self._run = matching, matching.score, step, run
         self.cosines: list[float] = []
-        recorder = self._first_look() if run.last_layer is None else self._record_source()
+        recorder = self._first_look() if run.last_layer is None else self._next_look()
         self._source, self._grids = {path: _normal(f) for path, f in recorder.features.items()}, recorder.grids
         self._weights = self._hidden_inside_mask() if matching.task in NEW_CONTENT else {}
 
@@ -238,19 +238,29 @@ class _Matcher:
     def _first_look(self) -> FeatureRecorder:
         """Records the source, learns where the forward may end, and has the host make room for the first gradient."""
         run = self._step.run
-        recorder = self._record_source()
+        meter = ActivationMeter(run.base_model.diffusion_model, family_of(run.trajectory.model))
+        recorder = FeatureRecorder(self._score.blocks)
+        counted: dict[int, GradientMemory] = {}  # when so many layers had been recorded
+
+        def count(_) -> None:
+            counted.setdefault(len(recorder.grids), meter.memory)
+
+        with meter.open():
+            self._record_source(recorder, count)
         if not recorder.features:
             raise ValueError("layers: none of the chosen blocks has a spatial and a temporal attention of one size")
         if recorder.unpaired:
             log.info("STR score: skipped layers without temporal partner: %s", ", ".join(recorder.unpaired))
         self._run.last_layer = next(reversed(recorder.features))
-        meter = ActivationMeter(run.base_model.diffusion_model, family_of(run.trajectory.model))
-        with meter.open():
-            recorder = self._record_source()
         features = recorder.features.values()
         loss, small_loss = loss_memory(features), loss_memory(features, SMALLER_TILES)
-        self._run.memory = replace(meter.memory, loss=loss, small_loss=small_loss)
+        self._run.memory = replace(counted[len(recorder.grids)], loss=loss, small_loss=small_loss)
         self._make_room(self._run.memory)
+        return recorder
+
+    def _next_look(self) -> FeatureRecorder:
+        recorder = FeatureRecorder(self._score.blocks, self._run.last_layer)
+        self._record_source(recorder)
         return recorder
 
     def _make_room(self, memory: GradientMemory) -> None:
@@ -260,15 +270,13 @@ class _Matcher:
             log.info("STR matching: keeps no activations, %.1f GB would not fit", memory.total(False) / 1e9)
             self._run.low_memory = True
 
-    def _record_source(self) -> FeatureRecorder:
+    def _record_source(self, *listeners: Listener) -> None:
         run, sigma = self._step.run, self._step.sigma
-        recorder = FeatureRecorder(self._score.blocks, self._run.last_layer)
-        tap = AttentionTap(run.trajectory.model, [recorder], differentiable=True)  # the target's kernel, to the bit
+        tap = AttentionTap(run.trajectory.model, listeners, differentiable=True)  # the target's kernel, to the bit
         options = tap.install(run.source_options)
         cond = leading_cond(run.source_conds, sigma, "positive of Invert Video")
         z = self._step.source
         until_enough_seen(lambda: predict(run.base_model, z, sigma * z.new_ones(z.shape[0]), cond, options))
-        return recorder
 
     def _hidden_inside_mask(self) -> dict[str, Tensor]:
         """By layer, the weight (F, N) of each token: 0 in the mask, 1 outside (decision D5)."""

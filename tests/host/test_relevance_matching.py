@@ -239,6 +239,23 @@ def test_out_of_memory_for_good_names_what_to_lower(trajectory, edit, monkeypatc
     assert before.changed() == []
 
 
+@pytest.mark.parametrize("memory", ["auto", "low"])
+def test_an_interrupt_in_the_backward_pass_leaves_the_model_as_it_was(trajectory, edit, monkeypatch, memory):
+    before = support.Untouched(trajectory.model)
+    expected = run(sampler(trajectory, memory=memory), edit)
+
+    def press_stop(loss, *args, **options):
+        management.interrupt_current_processing()
+        return loss(*args, **options)
+
+    watched(monkeypatch, press_stop)
+    with pytest.raises(management.InterruptProcessingException):
+        run(sampler(trajectory, memory=memory), edit)
+    monkeypatch.undo()
+    assert before.changed() == []
+    assert torch.equal(run(sampler(trajectory, memory=memory), edit), expected)
+
+
 def test_other_errors_are_not_taken_for_memory(trajectory, edit, monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("shapes differ")
