@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io, ui
 
-from .types import show_on_node, valid
+from .types import show_on_node, valid, valid_window
 
 
 class PredictCost(io.ComfyNode):
@@ -97,10 +97,8 @@ class PredictCost(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, layers=None, start_percent=None, end_percent=None):
         from ..host.families import parse_blocks
-        from ..host.relevance_matching import check_window
 
-        start = 0.0 if start_percent is None else start_percent  # None: it comes by a link, and is checked when it does
-        window = valid(check_window, start, 1.0 if end_percent is None else end_percent)
+        window = valid_window(start_percent, end_percent)
         return valid(parse_blocks, layers or "") if window is True else window
 
     @classmethod

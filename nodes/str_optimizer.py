@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from .types import SCORE_TYPE, mask_inputs, valid
+from .types import SCORE_TYPE, mask_inputs, valid_window
 
 
 class STRLatentOptimizer(io.ComfyNode):
@@ -91,10 +91,7 @@ class STRLatentOptimizer(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, start_percent=None, end_percent=None):
-        from ..host.relevance_matching import check_window
-
-        start = 0.0 if start_percent is None else start_percent  # None: it comes by a link, and is checked when it does
-        return valid(check_window, start, 1.0 if end_percent is None else end_percent)
+        return valid_window(start_percent, end_percent)
 
     @classmethod
     def execute(cls, score, strength, dilation, blend, mask=None, *, start_percent, end_percent, step_rule, **settings):

@@ -52,3 +52,10 @@ def valid(check: Callable, *args, **kwargs) -> bool | str:
     except ValueError as error:
         return str(error)
     return True
+
+
+def valid_window(start: float | None, end: float | None) -> bool | str:
+    """`valid` for start_percent and end_percent; None: it comes by a link, and is checked when it does."""
+    from ..host.relevance_matching import check_window
+
+    return valid(check_window, 0.0 if start is None else start, 1.0 if end is None else end)
