@@ -28,22 +28,24 @@ SDEDIT_START = 0.6
 
 @dataclass(frozen=True)
 class Settings:
-    """strength: lambda of STR-Match for 50 steps; end: percent of denoising where it ends; dilation: px."""
+    """strength: lambda of STR-Match for 50 steps; end: percent of denoising where it ends; rule: of its steps;
+    dilation: px."""
 
     steps: int = 20
     cfg: float = 4.0
     strength: float = 0.08
     end: float = 0.8
+    rule: str = "normalised"
     layers: str = ""
     dilation: float = 4.0
 
 
 class Editor:
-    """The embedded model with the host's own objects."""
+    """A model of the embedded one's kind, by default that itself, with the host's own objects."""
 
-    def __init__(self, settings: Settings):
+    def __init__(self, settings: Settings, folder: str = unet3d.EMBEDDED):
         self.settings = settings
-        self.model, self.clip, self.vae = unet3d.load_folder(unet3d.EMBEDDED)
+        self.model, self.clip, self.vae = unet3d.load_folder(folder)
         sampling = self.model.get_model_object("model_sampling")
         self.sigmas = comfy.samplers.calculate_sigmas(sampling, "ddim_uniform", settings.steps)
 
@@ -86,12 +88,15 @@ class Editor:
         return self.sample(scene, sampler, seed, torch.zeros(trajectory.shape))
 
     def matching(
-        self, trajectory: Trajectory, *, factor: float = 1.0, iterations: int = 1, rule: str = "normalised", **form
+        self, trajectory: Trajectory, *, factor: float = 1.0, iterations: int = 1, rule: str = "", **form
     ) -> RelevanceMatching:
-        """STR matching at `factor` times the settings' lambda; form: radius and the other options of the score."""
+        """STR matching at `factor` times the settings' lambda; form: radius and the other options of the score.
+
+        rule: of the step; empty: the settings'.
+        """
         settings = self.settings
-        score = str_score_of(trajectory, settings.layers, **form)
-        return RelevanceMatching(score, factor * settings.strength, end=settings.end, iterations=iterations, rule=rule)
+        score, strength = str_score_of(trajectory, settings.layers, **form), factor * settings.strength
+        return RelevanceMatching(score, strength, end=settings.end, iterations=iterations, rule=rule or settings.rule)
 
 
 # --- methods ----------------------------------------------------------

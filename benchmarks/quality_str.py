@@ -7,12 +7,13 @@ Clips of the shape world with colour and shape edits in turn; the methods of a c
     main        one object (n = 24), two objects and background edits (n / 2 each): prompt swap, SDEdit, the score of
                 the paper's ablation (concat), STR-Match at three strengths, and with a mask
     options     one object (n = 12): every option of the score and of the step
+    rules       one object (n = 24): normalised steps and adam's, for STR-Match and for concat, at three strengths
     frames      the same motion in 16 and in 32 frames (n = 7): figures, time, memory
     crossing    what is hard (n = 12 each): the fastest quarter of clips, and two objects that change sides. The model
                 was trained on 8 frames of objects of at most 24 px travel that stay in their half of the image, so
                 all methods do badly on the latter
     sequential  two objects (n = 12), the left one edited first and the right one second: is the first edit kept?
-    all         these five
+    all         these six
 
 Rows that bound the scale: the unedited copy, sampling the target prompt from random noise, and the true edit through
 the VAE. Only rows that say so see a true mask. Time is user CPU seconds on one thread, the median over the clips,
@@ -28,6 +29,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import get_args
 
 import torch
 
@@ -79,6 +81,7 @@ from spacetime_edit.benchmarks._verdicts import (
     SEQUENCE_SWAP,
     TWO,
 )
+from spacetime_edit.core.guidance import StepRule
 from spacetime_edit.tools.shape_world import world
 
 PLAIN_STRENGTH = 1.0
@@ -125,6 +128,15 @@ OPTIONS = {
 }
 """One change each of spatial-temporal, both ways, radius 1, summed, normalised, 1 iteration."""
 
+RULES = {
+    "concat, normalised": match(paths="concat", rule="normalised"),
+    "concat, adam": match(paths="concat", rule="adam"),
+    "STR, normalised": match(rule="normalised"),
+    "STR, adam, lambda x 0.5": match(rule="adam", factor=0.5),
+    "STR, adam": match(rule="adam"),
+    "STR, adam, lambda x 1.5": match(rule="adam", factor=1.5),
+}
+
 CHAIN_METHODS = {name: in_one(method) for name, method in BOUNDS.items()} | {
     SEQUENCE_MATCH: one_after_another(masked=True, matched=True),
     "swaps + masks, one after another": one_after_another(masked=True, matched=False),
@@ -145,6 +157,10 @@ def run_options(editor: Editor, seed: int, n: int) -> Records:
     plain = {f"plain, lambda {PLAIN_STRENGTH:g}": match(rule="plain", factor=PLAIN_STRENGTH / editor.settings.strength)}
     methods = BOUNDS | {SWAP: swap(), MATCH: match()} | OPTIONS | plain
     return run(editor, make_cases(ONE, seed, n), methods, measure)
+
+
+def run_rules(editor: Editor, seed: int, n: int) -> Records:
+    return run(editor, make_cases(ONE, seed, n), BOUNDS | {SWAP: swap()} | RULES, measure)
 
 
 def run_frames(editor: Editor, seed: int, n: int) -> Records:
@@ -188,6 +204,14 @@ SUITES = {
         verdicts.of_options,
         figures.COLUMNS,
     ),
+    "rules": Suite(
+        24,
+        run_rules,
+        [(name, SWAP) for name in RULES]
+        + [("STR, adam", "STR, normalised"), ("STR, normalised", "concat, normalised"), ("STR, adam", "concat, adam")],
+        lambda rows, comparisons: [],
+        figures.COLUMNS,
+    ),
     "frames": Suite(7, run_frames, [(MATCH, SWAP)], verdicts.of_frames, figures.COLUMNS | {"peak_mb": "peak MB"}),
     "crossing": Suite(12, run_crossing, [(MATCH, SWAP), (MATCH_MASK, SWAP)], verdicts.of_crossing, figures.COLUMNS),
     "sequential": Suite(
@@ -228,6 +252,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--cfg", type=float, default=default.cfg)
     parser.add_argument("--strength", type=float, default=default.strength, help="lambda of STR-Match")
     parser.add_argument("--end", type=float, default=default.end, help="percent of denoising where STR-Match ends")
+    parser.add_argument("--rule", choices=get_args(StepRule), default=default.rule, help="step rule of STR-Match")
     parser.add_argument("--layers", default=default.layers, help="blocks of STR-Match, empty: all but the finest")
     parser.add_argument("--dilation", type=float, default=default.dilation, help="of the true mask, in px")
     return parser.parse_args()

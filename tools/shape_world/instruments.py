@@ -22,7 +22,18 @@ from torch.nn.functional import avg_pool2d
 
 from ...core.masks import dilate
 from ...core.metrics import psnr_db
-from .world import BACKGROUNDS, COLOURS, SHAPES, SIZE, Description, Pair, pixel_grid, signed_distance, visible_masks
+from .world import (
+    BACKGROUNDS,
+    COLOURS,
+    SHAPES,
+    SIZE,
+    STRIPES,
+    Description,
+    Pair,
+    pixel_grid,
+    signed_distance,
+    visible_masks,
+)
 
 Colours = Sequence[Collection[str]]
 
@@ -64,11 +75,15 @@ def background_name(frames: Tensor) -> str:
     return list(BACKGROUNDS)[int(votes.argmax())]
 
 
-def segment(frames: Tensor, background: str) -> Tensor:
-    """(F, 64, 64): the index in `COLOURS` of each pixel's nearest colour, -1 where that is the background."""
-    candidates = torch.cat([PALETTE, BACKDROPS[list(BACKGROUNDS).index(background)]])
+def segment(frames: Tensor, background: str, bands: Sequence[str] = ()) -> Tensor:
+    """(F, 64, 64): the index in `COLOURS` of each pixel's nearest colour, -1 where that is the background.
+
+    bands: colours of stripes to look for too, keys of `STRIPES`; their indices follow those of the colours.
+    """
+    own = torch.cat([PALETTE, torch.tensor([STRIPES[name] for name in bands]).view(-1, 3)])
+    candidates = torch.cat([own, BACKDROPS[list(BACKGROUNDS).index(background)]])
     nearest = torch.cdist(frames.movedim(1, -1).reshape(-1, 3), candidates).argmin(1)
-    nearest[nearest >= len(PALETTE)] = -1
+    nearest[nearest >= len(own)] = -1
     return nearest.view(len(frames), *frames.shape[-2:])
 
 

@@ -7,10 +7,11 @@ Shape letters: F frames, K objects.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise, product
-from typing import NamedTuple
+from itertools import groupby, product
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -37,6 +38,12 @@ BACKGROUNDS: dict[str, RGB] = {
     "navy": (0.05, 0.08, 0.38),
 }
 SHAPES = ("circle", "square", "triangle")
+STRIPES: dict[str, RGB] = {"white": (0.97, 0.97, 0.97), "black": (0.03, 0.03, 0.03)}
+"""Colours of the band that an object may carry across its middle."""
+TEXTURES = ("plain", "striped", "checked")
+DARK = ("black", "navy")
+"""Backgrounds on which no texture would be seen."""
+Places = Literal["sides", "heights", "none"]
 EDIT_KINDS = ("colour", "shape", "background")
 
 MAX_TRAVEL = 24.0
@@ -46,13 +53,15 @@ TWO_OBJECT_SHARE = 0.45
 RADII_OF_TWO = (9, 12.3)
 JITTER = 0.02
 EDGE_SHARPNESS = 2.5  # logistic edge: a mask falls from 0.92 to 0.08 within 2 px
+STRIPE_HALF_WIDTH = 0.3  # of an object's band, in radii
 
 
 class Pair(NamedTuple):
-    """What a caption says of one object."""
+    """What a caption says of one object. stripe: a key of `STRIPES`, or "" for none."""
 
     colour: str
     shape: str
+    stripe: str = ""
 
 
 HELD_OUT = frozenset({Pair("purple", "triangle"), Pair("cyan", "square"), Pair("green", "circle")})
@@ -60,21 +69,28 @@ HELD_OUT = frozenset({Pair("purple", "triangle"), Pair("cyan", "square"), Pair("
 
 
 class Description(NamedTuple):
-    """What a caption says of a scene; two objects are given from left to right, as they stand in the first frame."""
+    """What a caption says of a scene.
+
+    places: how it tells two objects apart: "sides", from left to right as they stand in the first frame; "heights",
+    from top to bottom; "none", in any order, as it is for three objects.
+    """
 
     background: str
     objects: tuple[Pair, ...]
+    places: Places = "sides"
+    texture: str = "plain"
 
 
 @dataclass(frozen=True)
 class Object:
-    """A shape in motion. radius: size in px; centres: F points (x, y); jitter: added to its colour."""
+    """A shape in motion. radius: px; centres: F points (x, y); jitter: added to its colour; stripe: as in `Pair`."""
 
     colour: str
     shape: str
     radius: float
     centres: tuple[tuple[float, float], ...]
     jitter: RGB = (0.0, 0.0, 0.0)
+    stripe: str = ""
 
 
 @dataclass(frozen=True)
@@ -82,7 +98,9 @@ class Scene:
     """One clip.
 
     gradient: in [0, 1), how much darker the background's far side is; direction: 0 to 3, where that side lies
-    (right, bottom, left, top); jitter: added to the background's colour.
+    (right, bottom, left, top); jitter: added to the background's colour. places: as in `Description`.
+    texture: one of `TEXTURES`, whose dark parts are `contrast` darker and repeat every `pitch` px; stripes stand
+    upright where direction is even, else they lie.
     """
 
     background: str
@@ -90,11 +108,16 @@ class Scene:
     gradient: float = 0.0
     direction: int = 0
     jitter: RGB = (0.0, 0.0, 0.0)
+    places: Places = "sides"
+    texture: str = "plain"
+    contrast: float = 0.2
+    pitch: float = 16.0
 
     @property
     def description(self) -> Description:
         """The scene's attributes, as its caption states them."""
-        return Description(self.background, tuple(Pair(o.colour, o.shape) for o in self.objects))
+        pairs = tuple(Pair(o.colour, o.shape, o.stripe) for o in self.objects)
+        return Description(self.background, pairs, self.places if len(pairs) == 2 else "none", self.texture)
 
     @property
     def travel_px(self) -> float:
@@ -102,26 +125,53 @@ class Scene:
         return float(np.mean([math.dist(o.centres[0], o.centres[-1]) for o in self.objects]))
 
 
+NUMBERS = {1: "a", 2: "two", 3: "three"}
+PLACE_WORDS = {"sides": ("left", "right"), "heights": ("top", "bottom")}
+_PHRASE = re.compile(
+    rf"(?P<number>a|two|three) (?P<colour>{'|'.join(COLOURS)}) (?P<shape>{'|'.join(SHAPES)})(?P<plural>s?)"
+    rf"(?: with a (?P<stripe>{'|'.join(STRIPES)}) stripe)?(?: on the (?P<place>left|right|top|bottom))?"
+)
+_BACKGROUND = re.compile(
+    rf"(?:(?P<texture>{'|'.join(TEXTURES[1:])}) )?(?P<background>{'|'.join(BACKGROUNDS)}) background$"
+)
+
+
 def caption(scene: Scene | Description) -> str:
-    """The sentence that the embedded model was trained on for this scene of one or two objects."""
-    phrases = [f"a {o.colour} {o.shape}" for o in scene.objects]
-    if len(phrases) == 1:
-        return f"{phrases[0]} on a {scene.background} background"
-    left, right = phrases
-    return f"{left} on the left and {right} on the right, {scene.background} background"
+    """The sentence of one to three objects that the embedded model was trained on.
+
+    Equal objects in a row are counted: "two red circles". Raises ValueError for more than three.
+    """
+    description = scene.description if isinstance(scene, Scene) else scene
+    texture = "" if description.texture == "plain" else f"{description.texture} "
+    background = f"{texture}{description.background} background"
+    if len(description.objects) == 2 and description.places != "none":
+        words = PLACE_WORDS[description.places]
+        placed = [f"{_phrase(pair, 1)} on the {w}" for pair, w in zip(description.objects, words, strict=True)]
+        return f"{' and '.join(placed)}, {background}"
+    if not 1 <= len(description.objects) <= max(NUMBERS):
+        raise ValueError(f"a caption is of 1 to {max(NUMBERS)} objects, not of {len(description.objects)}")
+    phrases = [_phrase(pair, len(list(equal))) for pair, equal in groupby(description.objects)]
+    listed = " and ".join(filter(None, (", ".join(phrases[:-1]), phrases[-1])))
+    return f"{listed} on a {background}"
+
+
+def _phrase(pair: Pair, number: int) -> str:
+    stripe = f" with a {pair.stripe} stripe" if pair.stripe else ""
+    return f"{NUMBERS[number]} {pair.colour} {pair.shape}{'s' if number > 1 else ''}{stripe}"
 
 
 def parse_caption(text: str) -> Description:
     """The inverse of `caption`. Raises ValueError for any other sentence."""
-    words = text.replace(",", " ").split()
-    pairs = tuple(Pair(*two) for two in pairwise(words) if two[0] in COLOURS and two[1] in SHAPES)
-    background = next((name for name, word in pairwise(words) if word == "background"), "")
-    description = Description(background, pairs)
-    if background not in BACKGROUNDS or len(pairs) not in (1, 2) or caption(description) != text:
-        raise ValueError(
-            f"not a shape-world caption: {text!r}; expected for example 'a red circle on a gray background'"
-        )
-    return description
+    found, behind = list(_PHRASE.finditer(text)), _BACKGROUND.search(text)
+    numbers = {word: number for number, word in NUMBERS.items()}
+    pairs = [Pair(m["colour"], m["shape"], m["stripe"] or "") for m in found for _ in range(numbers[m["number"]])]
+    place = next((m["place"] for m in found), None)
+    places = next((name for name, words in PLACE_WORDS.items() if place in words), "none")
+    if behind and 1 <= len(pairs) <= max(NUMBERS):
+        description = Description(behind["background"], tuple(pairs), places, behind["texture"] or "plain")
+        if caption(description) == text:
+            return description
+    raise ValueError(f"not a shape-world caption: {text!r}; expected for example 'a red circle on a gray background'")
 
 
 def pixel_grid() -> tuple[Tensor, Tensor]:
@@ -153,12 +203,30 @@ def object_mask(obj: Object) -> Tensor:
     return torch.sigmoid(-EDGE_SHARPNESS * signed_distance(obj.shape, x - centres[:, 0], y - centres[:, 1], obj.radius))
 
 
+def stripe_mask(obj: Object) -> Tensor:
+    """The part of `object_mask` that is the object's band, (F, 64, 64)."""
+    _, y = pixel_grid()
+    height = y - torch.tensor(obj.centres)[:, 1, None, None]
+    return object_mask(obj) * torch.sigmoid(-EDGE_SHARPNESS * (height.abs() - STRIPE_HALF_WIDTH * obj.radius))
+
+
 def background_image(scene: Scene) -> Tensor:
     """The scene without its objects, (3, 64, 64) in [0, 1]."""
     x, y = pixel_grid()
     ramp = (x, y, SIZE - x, SIZE - y)[scene.direction] / SIZE
     colour = torch.tensor(BACKGROUNDS[scene.background]) + torch.tensor(scene.jitter)
-    return (colour[:, None, None] * (1 - scene.gradient * ramp)).clamp(0, 1)
+    shade = (1 - scene.gradient * ramp) * (1 - scene.contrast * _texture(scene, x, y))
+    return (colour[:, None, None] * shade).clamp(0, 1)
+
+
+def _texture(scene: Scene, x: Tensor, y: Tensor) -> Tensor:
+    """(64, 64) in [0, 1]: 1 where the background's texture is dark."""
+    if scene.texture == "plain":
+        return torch.zeros_like(x)
+    turn = 2 * math.pi / scene.pitch
+    across, along = (x, y) if scene.direction % 2 == 0 else (y, x)
+    wave = torch.sin(turn * across) * (torch.sin(turn * along) if scene.texture == "checked" else 1)
+    return torch.sigmoid(EDGE_SHARPNESS / turn * wave)
 
 
 def render(scene: Scene) -> tuple[Tensor, Tensor]:
@@ -171,6 +239,9 @@ def render(scene: Scene) -> tuple[Tensor, Tensor]:
     for obj, mask in zip(scene.objects, masks, strict=True):
         colour = (torch.tensor(COLOURS[obj.colour]) + torch.tensor(obj.jitter)).clamp(0, 1)
         frames = torch.lerp(frames, colour[:, None, None].expand_as(frames), mask[:, None])
+        if obj.stripe:
+            band = torch.tensor(STRIPES[obj.stripe])[:, None, None].expand_as(frames)
+            frames = torch.lerp(frames, band, stripe_mask(obj)[:, None])
     return frames, masks
 
 
@@ -230,7 +301,9 @@ def sample_scene(
     members = []
     for pair, box in zip(_sample_pairs(generator, objects, held_out), boxes, strict=True):
         radius = float(generator.uniform(*radii))
-        members.append(Object(*pair, radius, _sample_motion(generator, box, radius, frames), _jitter(generator)))
+        members.append(
+            Object(pair.colour, pair.shape, radius, _sample_motion(generator, box, radius, frames), _jitter(generator))
+        )
     return _on_background(generator, members)
 
 
@@ -253,7 +326,7 @@ def sample_crossing(generator: np.random.Generator, *, frames: int = FRAMES) -> 
     lift = np.array([0, _choose(generator, (-0.5, 0.5)) * size])
     paths = (left, right), (right + lift, left + lift)
     members = [
-        Object(*pair, float(radius), _straight(*path, frames), _jitter(generator))
+        Object(pair.colour, pair.shape, float(radius), _straight(*path, frames), _jitter(generator))
         for pair, radius, path in zip(pairs, radii, paths, strict=True)
     ]
     return _on_background(generator, members)

@@ -1,0 +1,207 @@
+"""What the trainer of the embedded model rests on; the training itself for seconds, on a far smaller model."""
+
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from spacetime_edit.tools.shape_world import variety, world
+from spacetime_edit.tools.train_tiny import checkpoints, export, muon, parts, train_unet, train_vae, words
+from transformers import CLIPTokenizer
+
+ASSETS = Path(world.__file__).parents[2] / "assets" / "tiny_t2v"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread(threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+# --- words --------------------------------------------------------------
+
+
+def test_the_library_reads_captions_as_the_training_does(tmp_path):
+    words.write_tokenizer(tmp_path)
+    tokenizer = CLIPTokenizer.from_pretrained(tmp_path)
+    generator = np.random.default_rng(0)
+    for caption in ["", "Two RED circles", *(world.caption(variety.sample(generator)) for _ in range(200))]:
+        ids = tokenizer(caption, padding="max_length", max_length=words.POSITIONS, truncation=True).input_ids
+        assert ids == words.token_ids(caption), caption
+
+
+def test_an_unknown_word_is_no_known_token(tmp_path):
+    words.write_tokenizer(tmp_path)
+    ids = CLIPTokenizer.from_pretrained(tmp_path)("elephant").input_ids[1:-1]
+    assert not set(ids) & {words.VOCABULARY[word + words.END_OF_WORD] for word in words.WORDS}
+    with pytest.raises(KeyError):
+        words.token_ids("elephant")
+
+
+# --- optimiser and checkpoints ------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 16), (2, 24, 9), (2, 9, 24)])
+def test_orthogonalised_matrices(shape):
+    generator = torch.Generator().manual_seed(0)
+    given = torch.randn(shape, generator=generator)
+    result = muon.orthogonalised(given)
+    values = torch.linalg.svdvals(result)
+    assert values.min() > 0.5 and values.max() < 1.3
+    u, _, v = torch.linalg.svd(given.double(), full_matrices=False)
+    cosine = torch.nn.functional.cosine_similarity(result.flatten(1).double(), (u @ v).flatten(1))
+    assert cosine.min() > 0.95
+
+
+def test_parameters_without_a_gradient_stay():
+    layers = torch.nn.ModuleDict({"a": torch.nn.Linear(16, 16), "b": torch.nn.Linear(16, 16)})
+    optimiser = muon.Muon(layers.named_parameters())
+    (layers["a"](torch.ones(2, 16)).sum() + layers["b"](torch.ones(2, 16)).sum()).backward()
+    optimiser.step(0.1, 0.1)
+    before = layers["b"].weight.clone()
+    for parameter in layers["b"].parameters():
+        parameter.grad = None
+    optimiser.step(0.1, 0.1)
+    assert torch.equal(layers["b"].weight, before)
+
+
+def test_muon_fits_a_convolution_and_goes_on_from_its_state():
+    def run(steps, restart_at=None):
+        torch.manual_seed(0)
+        layer, x = torch.nn.Conv2d(8, 8, 3, padding=1), torch.randn(4, 8, 6, 6)
+        wanted = torch.randn(4, 8, 6, 6)
+        optimiser, losses = muon.Muon(layer.named_parameters()), []
+        for i in range(steps):
+            if i == restart_at:
+                state, optimiser = optimiser.state_dict(), muon.Muon(layer.named_parameters())
+                optimiser.load_state_dict(state)
+            loss = (layer(x) - wanted).square().mean()
+            losses.append(float(loss.detach()))
+            layer.zero_grad()
+            loss.backward()
+            optimiser.step(0.02, 0.01)
+        return losses
+
+    losses = run(30)
+    assert losses[-1] < 0.9 * losses[0]
+    assert run(30, restart_at=10) == losses
+
+
+def test_a_checkpoint_of_another_configuration_or_a_better_one_stays(tmp_path):
+    path = tmp_path / "best.pt"
+    checkpoints.save(path, {"channels": [8]}, {"weights": torch.ones(2)}, score=1.0)
+    with pytest.raises(checkpoints.CheckpointError, match=r"channels: \[8\] there, \[9\] here"):
+        checkpoints.load(path, {"channels": [9]})
+    with pytest.raises(checkpoints.CheckpointError, match="another configuration"):
+        checkpoints.save(path, {"channels": [9]}, {"weights": torch.zeros(2)}, score=2.0)
+    with pytest.raises(checkpoints.CheckpointError, match="it is kept"):
+        checkpoints.save(path, {"channels": [8]}, {"weights": torch.zeros(2)}, score=0.9)
+    assert checkpoints.load(path)["weights"].sum() == 2
+    checkpoints.save(path, {"channels": [8]}, {"weights": torch.zeros(2)}, score=1.1)
+    assert checkpoints.load(path, {"channels": [8]})["weights"].sum() == 0
+
+
+# --- the model ----------------------------------------------------------
+
+
+def test_the_fast_unet_is_the_same_function():
+    torch.manual_seed(0)
+    unet = parts.make_unet((8, 8, 8)).eval()
+    for parameter in unet.parameters():  # the temporal layers of a fresh one do nothing
+        torch.nn.init.normal_(parameter, std=0.1)
+    x, t, text = torch.randn(2, 4, 3, 8, 8), torch.tensor([10, 900]), torch.randn(2, 5, 64)
+    with torch.no_grad():
+        expected = unet(x, t, text).sample
+        torch.testing.assert_close(parts.faster(unet)(x, t, text).sample, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_for_one_frame_the_temporal_layers_are_skipped():
+    unet = parts.faster(parts.make_unet((8, 8, 8)))
+    out = unet(torch.randn(1, 4, 1, 8, 8), torch.tensor([5]), torch.randn(1, 5, 64)).sample
+    out.sum().backward()
+    temporal = [p for name, p in unet.named_parameters() if "temp_" in name or "transformer_in" in name]
+    assert temporal and all(p.grad is None for p in temporal)
+
+
+def test_whitening_makes_unit_latents_and_changes_no_picture():
+    torch.manual_seed(0)
+    vae = parts.make_vae((8, 8, 8)).eval()
+    frames, _ = train_vae.frames_of(np.random.default_rng(0), 48)
+    with torch.no_grad():
+        before = vae.decode(vae.encode(frames * 2 - 1).latent_dist.mode()).sample
+        train_vae.whiten(vae, frames)
+        latents = parts.encode(vae, frames)
+        after = vae.decode(latents / parts.SCALING).sample
+    values = latents.movedim(1, 0).flatten(1)
+    torch.testing.assert_close(torch.cov(values), torch.eye(4), atol=2e-3, rtol=0)
+    torch.testing.assert_close(values.mean(1), torch.zeros(4), atol=2e-3, rtol=0)
+    torch.testing.assert_close(after, before, atol=2e-3, rtol=1e-3)
+
+
+def test_text_of_known_words_is_that_of_the_model_it_begins_from():
+    torch.manual_seed(0)
+    encoder = parts.read_text_encoder(ASSETS).eval()
+    saved = parts.CLIPTextModel.from_pretrained(ASSETS, subfolder="text_encoder", torch_dtype=torch.float32).eval()
+    tokenizer = CLIPTokenizer.from_pretrained(ASSETS, subfolder="tokenizer")
+    caption = "a red circle on the left and a green square on the right, gray background"
+    ids = tokenizer(caption, padding="max_length", max_length=words.POSITIONS, return_tensors="pt").input_ids
+    with torch.no_grad():
+        torch.testing.assert_close(parts.encode_text(encoder, [caption]), saved(ids).last_hidden_state)
+
+
+@pytest.mark.parametrize("noisy", [0.0, 2.0])
+def test_density_and_loss_weight_make_the_weight(noisy):
+    weighting = train_unet.Weighting.of(noisy)
+    snr = weighting.alphas / (1 - weighting.alphas)
+    wanted = snr.clamp(max=5) / snr * (1 + noisy / snr).sqrt()
+    density = weighting.times.diff(prepend=torch.zeros(1))
+    product = density * weighting.loss
+    torch.testing.assert_close(product / product.sum(), wanted / wanted.sum(), rtol=2e-2, atol=1e-6)
+    torch.manual_seed(0)
+    t = weighting.draw(20_000)
+    counts = t.bincount(minlength=1000).float().view(10, 100).sum(1) / 20_000
+    torch.testing.assert_close(counts, density.view(10, 100).sum(1), atol=2e-3, rtol=0)
+
+
+# --- a run --------------------------------------------------------------
+
+
+def settings(run, **changes):
+    defaults = {
+        "run": run, "init": "", "channels": [8, 8, 8], "minutes": 0.02, "processes": 1, "threads": 1, "clips": 1,
+        "images": 2, "image_every": 3, "long_every": 4, "rate": 0.01, "adam_rate": 1e-3, "decay_from": 0.5,
+        "noisy": 2.0, "object_weight": 2.0, "save_minutes": 5.0, "seed": 0,
+    }  # fmt: skip
+    return Namespace(**defaults | changes)
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    torch.manual_seed(0)
+    parts.make_vae((8, 8, 8)).save_pretrained(folder / "vae")
+    train_unet.train(0, settings(folder), "")
+    return folder
+
+
+def test_a_run_writes_goes_on_and_refuses_another_configuration(run_folder):
+    first = checkpoints.load(run_folder / "unet.pt")
+    train_unet.train(0, settings(run_folder, minutes=0.05), "")
+    second = checkpoints.load(run_folder / "unet.pt")
+    assert second["step"] > first["step"] > 0 and second["seconds"] > first["seconds"]
+    with pytest.raises(checkpoints.CheckpointError, match=r"noisy: 2\.0 there, 0\.0 here"):
+        train_unet.train(0, settings(run_folder, noisy=0.0), "")
+
+
+def test_a_run_becomes_a_folder_that_a_worse_one_does_not_replace(run_folder, tmp_path):
+    target = tmp_path / "model"
+    export.export(run_folder, target)
+    assert (target / "tokenizer" / "vocab.json").is_file() and (target / "training.json").is_file()
+    before = (target / "training.json").read_text()
+    with pytest.raises(checkpoints.CheckpointError, match="it is kept"):
+        export.export(run_folder, target)
+    assert (target / "training.json").read_text() == before
+    export.export(run_folder, target, force=True)
