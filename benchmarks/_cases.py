@@ -15,6 +15,7 @@ COPY, NOISE, CEILING, SWAP = "unedited copy", "random noise", "true edit through
 """Rows of every table."""
 
 OBJECT_EDITS = ("colour", "shape")
+DELETE, ADD = "delete", "add"
 KEPT = ("kept_region_psnr_db", "kept_region_psnr_vs_vae_db")
 FASTEST_SHARE = 0.25
 FIRST_REGION_DILATION_PX = 2
@@ -37,9 +38,14 @@ class Case:
 
     @property
     def edited_masks(self) -> Tensor:
-        """(1, F, 64, 64) in [0, 1]: what is seen of the edited object in the source, or all that is no object."""
-        masks = world.render(self.source)[1]
+        """(1, F, 64, 64) in [0, 1]: what is seen of the edited object, or all that is no object."""
+        masks = world.render(self.target if self.kind == ADD else self.source)[1]
         return 1 - masks.amax(0, keepdim=True) if self.kind == "background" else visible(masks, self.index)
+
+    @property
+    def wanted_masks(self) -> Tensor:
+        """(K, F, 64, 64) in [0, 1]: where the target's objects shall be."""
+        return world.render(self.target if self.kind in (ADD, DELETE) else self.source)[1]
 
     @property
     def colours(self) -> instruments.Colours | None:
@@ -102,6 +108,17 @@ def crossing_cases(group: str, seed: int, n: int) -> list[Case]:
     return [replace(case, crossing=True) for case in cases]
 
 
+def deletion_cases(group: str, seed: int, n: int, kind: str = DELETE) -> list[Case]:
+    """n cases of two objects of which one goes, the left and the right one in turn; "add": of the way back."""
+    generator, made = np.random.default_rng([seed, 5]), []
+    for i in range(n):
+        both = world.sample_scene(generator, 2)
+        alone = replace(both, objects=(both.objects[1 - i % 2],))
+        source, target = (alone, both) if kind == ADD else (both, alone)
+        made.append(Case(group, kind, i % 2, int(generator.integers(1 << 31)), source, target))
+    return made
+
+
 def chains(group: str, seed: int, n: int) -> list[Chain]:
     """n clips of two objects, a colour or a shape edit of the left one, then one of the right one."""
     generator, made = np.random.default_rng([seed, 4]), []
@@ -140,10 +157,10 @@ def measure(case: Case, frames: Tensor, reconstruction: Tensor) -> dict[str, flo
     A background edit keeps no region, so its PSNR figures are left out; objects that cross touch, so they are not
     counted.
     """
-    source, masks = world.render(case.source)
+    source, _ = world.render(case.source)
     target, colours = case.target.description, case.colours
     figures = {
-        "trajectory_error_px": instruments.trajectory_error_px(frames, masks, colours),
+        "trajectory_error_px": instruments.trajectory_error_px(frames, case.wanted_masks, colours),
         "colour_accuracy": instruments.colour_accuracy(frames, target, colours),
         "shape_accuracy": instruments.shape_accuracy(frames, target, colours),
         "background_accuracy": instruments.background_accuracy(frames, target),

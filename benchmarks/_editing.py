@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..core.trajectory import Trajectory
 from ..host.loaders import unet3d
-from ..host.relevance_matching import RelevanceMatching, str_score_of
+from ..host.relevance_matching import NEW_CONTENT, RelevanceMatching, redraw_noise, str_score_of
 from ..host.sampling import TrajectorySampler, invert
 from ..tools.shape_world import world
 from ._cases import CEILING, COPY, NOISE, Case, Chain
@@ -81,14 +81,25 @@ class Editor:
         seed: int,
         matching: RelevanceMatching | None = None,
         mask: Tensor | None = None,
+        redraw: bool = False,
     ) -> Tensor:
-        """The latent of a prompt swap to `scene`, with matching and a mask (F, H, W) if given."""
-        steps = [] if matching is None else [matching]
+        """The latent of a prompt swap to `scene`, with matching and a mask (F, H, W) if given.
+
+        redraw: begin inside the mask from noise that holds nothing of the source.
+        """
+        steps = ([redraw_noise] if redraw else []) + ([] if matching is None else [matching])
         sampler = TrajectorySampler(trajectory, mask=mask, dilation=self.settings.dilation, before_step=steps)
         return self.sample(scene, sampler, seed, torch.zeros(trajectory.shape))
 
     def matching(
-        self, trajectory: Trajectory, *, factor: float = 1.0, iterations: int = 1, rule: str = "", **form
+        self,
+        trajectory: Trajectory,
+        *,
+        factor: float = 1.0,
+        iterations: int = 1,
+        rule: str = "",
+        task: str = "change",
+        **form,
     ) -> RelevanceMatching:
         """STR matching at `factor` times the settings' lambda; form: radius and the other options of the score.
 
@@ -96,7 +107,8 @@ class Editor:
         """
         settings = self.settings
         score, strength = str_score_of(trajectory, settings.layers, **form), factor * settings.strength
-        return RelevanceMatching(score, strength, end=settings.end, iterations=iterations, rule=rule or settings.rule)
+        rule = rule or settings.rule
+        return RelevanceMatching(score, strength, end=settings.end, iterations=iterations, rule=rule, task=task)
 
 
 # --- methods ----------------------------------------------------------
@@ -133,12 +145,12 @@ def sdedit(start: float = SDEDIT_START) -> Method:
     return edit
 
 
-def swap(masked: bool = False) -> Method:
-    """Prompt swap from the inverted latent."""
+def swap(masked: bool = False, redraw: bool = False) -> Method:
+    """Prompt swap from the inverted latent; redraw: as `Editor.edit`."""
 
     def edit(editor: Editor, case: Case, trajectory: Trajectory) -> Tensor:
         mask = case.edited_masks[0] if masked else None
-        return editor.decode(editor.edit(trajectory, case.target, case.seed, mask=mask))
+        return editor.decode(editor.edit(trajectory, case.target, case.seed, mask=mask, redraw=redraw))
 
     return edit
 
@@ -149,7 +161,8 @@ def match(*, masked: bool = False, **options) -> Method:
     def edit(editor: Editor, case: Case, trajectory: Trajectory) -> Tensor:
         mask = case.edited_masks[0] if masked else None
         matching = editor.matching(trajectory, **options)
-        return editor.decode(editor.edit(trajectory, case.target, case.seed, matching, mask))
+        redraw = matching.task in NEW_CONTENT
+        return editor.decode(editor.edit(trajectory, case.target, case.seed, matching, mask, redraw))
 
     return edit
 

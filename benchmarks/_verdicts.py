@@ -13,6 +13,7 @@ MATCH_LOW, MATCH_HIGH = "STR-Match, lambda x 0.5", "STR-Match, lambda x 1.5"
 ONE, TWO, BACKGROUND = "one object", "two objects", "background of one object"
 FAST, CROSSING = "fastest quarter, one object", "two objects that change sides"
 FRAME_COUNTS = (16, 32)
+DELETION, ADDITION = "one of two objects goes", "a second object comes"
 SEQUENCE_MATCH, SEQUENCE_SWAP = "STR + masks, one after another", "swaps, one after another"
 AT_ONCE = "STR + masks, at once"
 

@@ -12,8 +12,9 @@ Clips of the shape world with colour and shape edits in turn; the methods of a c
     crossing    what is hard (n = 12 each): the fastest quarter of clips, and two objects that change sides. The model
                 was trained on 8 frames of objects of at most 24 px travel that stay in their half of the image, so
                 all methods do badly on the latter
+    delete      one of two objects goes, one of two comes (n = 12 each), with its true mask
     sequential  two objects (n = 12), the left one edited first and the right one second: is the first edit kept?
-    all         these six
+    all         these seven
 
 Rows that bound the scale: the unedited copy, sampling the target prompt from random noise, and the true edit through
 the VAE. Only rows that say so see a true mask. Time is user CPU seconds on one thread, the median over the clips,
@@ -41,10 +42,13 @@ load_pack()
 from spacetime_edit.benchmarks import _figures as figures
 from spacetime_edit.benchmarks import _verdicts as verdicts
 from spacetime_edit.benchmarks._cases import (
+    ADD,
+    DELETE,
     SWAP,
     Case,
     chains,
     crossing_cases,
+    deletion_cases,
     fast_cases,
     make_cases,
     measure,
@@ -65,10 +69,12 @@ from spacetime_edit.benchmarks._editing import (
 )
 from spacetime_edit.benchmarks._timing import peak_bytes
 from spacetime_edit.benchmarks._verdicts import (
+    ADDITION,
     AT_ONCE,
     BACKGROUND,
     CONCAT,
     CROSSING,
+    DELETION,
     FAST,
     FRAME_COUNTS,
     MATCH,
@@ -185,6 +191,20 @@ def run_crossing(editor: Editor, seed: int, n: int) -> Records:
     return run(editor, fast_cases(FAST, seed, n) + crossing_cases(CROSSING, seed, n), HARD, measure)
 
 
+def run_delete(editor: Editor, seed: int, n: int) -> Records:
+    records = []
+    for group, task in ((DELETION, DELETE), (ADDITION, ADD)):
+        methods = BOUNDS | {
+            "swap": swap(),
+            "swap + mask": swap(masked=True),
+            "swap + mask + new noise": swap(masked=True, redraw=True),
+            "STR, change + mask": match(masked=True),
+            f"STR, {task} + mask": match(masked=True, task=task),
+        }
+        records += run(editor, deletion_cases(group, seed, n, task), methods, measure)
+    return records
+
+
 def run_sequential(editor: Editor, seed: int, n: int) -> Records:
     return run(editor, chains(TWO, seed, n), CHAIN_METHODS, measure_chain)
 
@@ -214,6 +234,7 @@ SUITES = {
     ),
     "frames": Suite(7, run_frames, [(MATCH, SWAP)], verdicts.of_frames, figures.COLUMNS | {"peak_mb": "peak MB"}),
     "crossing": Suite(12, run_crossing, [(MATCH, SWAP), (MATCH_MASK, SWAP)], verdicts.of_crossing, figures.COLUMNS),
+    "delete": Suite(12, run_delete, [], lambda rows, comparisons: [], figures.COLUMNS),
     "sequential": Suite(
         12,
         run_sequential,

@@ -6,9 +6,13 @@ d0, d1, ... down, m0 middle, u0, u1, ... up, counted over the layers that hold s
 """
 
 import re
-from collections.abc import Iterable
+import weakref
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal
+
+from torch.nn import Module
 
 from ..core.parametrization import NoiseSpace
 
@@ -90,11 +94,20 @@ def family_of(model) -> Family:
     raise ValueError(f"model: {names[0]} with {names[1]} is not a supported model family; expected one of: {known}")
 
 
-def attention_layers(model) -> dict[str, Layer]:
+_layers: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # by network: every step asks, and a walk takes time
+
+
+def attention_layers(model) -> Mapping[str, Layer]:
     """All attention modules of a ModelPatcher by path, in the order of the network's modules."""
-    family = family_of(model)
+    family, network = family_of(model), model.model.diffusion_model
+    if network not in _layers:
+        _layers[network] = MappingProxyType(_find_layers(family, network))
+    return _layers[network]
+
+
+def _find_layers(family: Family, network: Module) -> dict[str, Layer]:
     found = []
-    for path, _ in model.model.diffusion_model.named_modules():
+    for path, _ in network.named_modules():
         for kind, pattern in family.attention:
             if match := re.fullmatch(pattern, path):
                 side, *numbers = match.groups()

@@ -210,3 +210,19 @@ def test_a_missed_target_says_so():
 def test_what_lambda_does_instead_is_said():
     line = next(line for line in main_lines(main_records(high=1.0)) if "with lambda" in line)
     assert line.startswith("  MISSED") and "fidelity level (1.000, 1.000, 1.000), kept dB rises" in line
+
+
+@pytest.mark.parametrize("kind", [cases.DELETE, cases.ADD])
+def test_deletion_and_addition_are_measured_by_the_target(kind):
+    made = cases.deletion_cases("group", 0, 4, kind)
+    assert [len(c.target.objects) for c in made] == [{"delete": 1, "add": 2}[kind]] * 4
+    for case in made:
+        both = case.source if kind == cases.DELETE else case.target
+        torch.testing.assert_close(case.edited_masks[0], world.visible_masks(world.render(both)[1])[case.index])
+        perfect = edited_perfectly(case)
+        assert perfect["trajectory_error_px"] < 0.5 and perfect["count_accuracy"] == 1
+        assert perfect["colour_accuracy"] == perfect["shape_accuracy"] == 1
+        assert perfect["kept_region_psnr_db"] > 40
+        untouched = cases.measure(case, *[world.render(case.source)[0]] * 2)
+        assert untouched["count_accuracy"] == 0
+    assert {c.index for c in made} == {0, 1}

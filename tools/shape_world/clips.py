@@ -19,8 +19,8 @@ from .world import Object, Scene
 class Clip:
     """frames (F, 3, 64, 64) and masks (K, F, 64, 64) in [0, 1]; edits: captions of target scenes.
 
-    scene: the clip's objects without the small colour jitter and the background gradient, which the files
-    do not record.
+    scene: what the files record of it; of the first eight clips neither the small colour jitter nor the background
+    gradient. A mask is what is seen of its object. stripe_masks: of the objects that have one, by their index.
     """
 
     name: str
@@ -29,6 +29,7 @@ class Clip:
     scene: Scene
     frames: Tensor
     masks: Tensor
+    stripe_masks: dict[int, Tensor]
 
 
 def read_png(path: Path) -> Tensor:
@@ -44,17 +45,26 @@ def read_frames(paths: Sequence[Path]) -> Tensor:
 
 def _object(entry: dict) -> Object:
     centres = tuple((float(x), float(y)) for x, y in entry["centres"])
-    return Object(entry["color"], entry["shape"], float(entry["radius"]), centres)
+    return Object(entry["color"], entry["shape"], float(entry["radius"]), centres, stripe=entry.get("stripe", ""))
+
+
+SCENE_FIELDS = ("gradient", "direction", "places", "texture", "contrast", "pitch")
 
 
 def read_clip(folder: Path, entry: dict) -> Clip:
     """One clip of `captions.json`; `folder` holds the file and the clip's own folder."""
     home, indices = Path(folder) / entry["clip"], range(entry["frames"])
+
+    def masks_of(pattern: str) -> Tensor:
+        return read_frames([home / (pattern % i) for i in indices])
+
     frames = read_frames([home / f"frame_{i:02d}.png" for i in indices])
-    masks = torch.stack([read_frames([home / (o["mask"] % i) for i in indices]) for o in entry["objects"]])
-    scene = Scene(entry["background"], tuple(_object(o) for o in entry["objects"]))
+    masks = torch.stack([masks_of(o["mask"]) for o in entry["objects"]])
+    stripes = {o["index"]: masks_of(o["stripe_mask"]) for o in entry["objects"] if "stripe_mask" in o}
+    recorded = {name: entry[name] for name in SCENE_FIELDS if name in entry}
+    scene = Scene(entry["background"], tuple(_object(o) for o in entry["objects"]), **recorded)
     edits = tuple(edit["caption"] for edit in entry["edits"])
-    return Clip(entry["clip"], entry["caption"], edits, scene, frames, masks)
+    return Clip(entry["clip"], entry["caption"], edits, scene, frames, masks, stripes)
 
 
 def read_clips(folder: Path) -> list[Clip]:

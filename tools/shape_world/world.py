@@ -44,7 +44,7 @@ TEXTURES = ("plain", "striped", "checked")
 DARK = ("black", "navy")
 """Backgrounds on which no texture would be seen."""
 Places = Literal["sides", "heights", "none"]
-EDIT_KINDS = ("colour", "shape", "background")
+EDIT_KINDS = ("colour", "shape", "background", "stripe")
 
 MAX_TRAVEL = 24.0
 STILL_SHARE = 0.1
@@ -341,8 +341,8 @@ def _straight(start: np.ndarray, end: np.ndarray, frames: int) -> tuple[tuple[fl
 def sample_edit(scene: Scene, kind: str, generator: np.random.Generator, index: int = 0) -> Scene:
     """The scene with one attribute changed; motion, sizes and jitter stay.
 
-    kind: "colour" or "shape" of object `index`, or "background". The new pair is never a held-out one, and
-    two objects keep different colours.
+    kind: "colour", "shape" or "stripe" of object `index`, or "background". The new pair is never a held-out one, and
+    the object's new colour is no other object's.
     """
     if kind == "background":
         return replace(scene, background=_choose(generator, (b for b in BACKGROUNDS if b != scene.background)))
@@ -352,6 +352,10 @@ def sample_edit(scene: Scene, kind: str, generator: np.random.Generator, index: 
         options = [Pair(c, obj.shape) for c in COLOURS if c not in taken]
     elif kind == "shape":
         options = [Pair(obj.colour, s) for s in SHAPES if s != obj.shape]
+    elif kind == "stripe":
+        stripes = list(scene.objects)
+        stripes[index] = replace(obj, stripe=_choose(generator, (name for name in STRIPES if name != obj.stripe)))
+        return replace(scene, objects=tuple(stripes))
     else:
         raise ValueError(f"unknown edit {kind!r}; expected one of {', '.join(EDIT_KINDS)}")
     pair = _choose(generator, (p for p in options if p not in HELD_OUT))

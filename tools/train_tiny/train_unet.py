@@ -14,6 +14,7 @@ and binding are decided, and threefold on objects. Muon and Adam; a moving avera
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import tempfile
 import time
@@ -284,7 +285,8 @@ def main() -> int:
         if arguments.processes == 1:
             train(0, arguments, meeting)
         else:
-            torch.multiprocessing.spawn(train, (arguments, meeting), arguments.processes)
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # an exit that takes the processes along
+            torch.multiprocessing.spawn(train, (arguments, meeting), arguments.processes, daemon=True)
     return 0
 
 
