@@ -1,0 +1,344 @@
+"""Attention modulated by regions (ST-Modulator, arXiv 2502.17258, eq. 4 to 8), exact, with memory linear in tokens.
+
+With scores s = scale <q, k> of a query x, hi and lo their extrema over the keys, a the strength of x and R in [0, 1]
+whether x and key y share a region, s is pulled toward hi where R is 1 and toward lo where it is 0:
+
+    s' = s + a R (hi - s) - a (1 - R) (s - lo) = (1 - a) s + a [lo + R (hi - lo)]
+
+The softmax drops what is constant in a row, and R is of low rank, R = A B^T. So s' is the score of a stock attention
+whose queries are [(1 - a) q, a (hi - lo) A / scale] and whose keys are [k, B]: no tokens x tokens tensor anywhere.
+
+Shape letters: B batch, H heads, N queries, M keys, D head dimension, K regions, C extra channels.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import one_hot, pad, scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
+
+log = logging.getLogger("spacetime_edit")
+
+Kind = Literal["self", "cross", "joint", "temporal"]
+Overlap = Literal["any", "product"]
+Attention = Callable[..., Tensor]
+"""attention(query, key, value, scale=..., attn_mask=...) -> (B, H, N, D of value), as PyTorch's own."""
+
+XI = {"self": 0.3, "cross": 1.0, "joint": 0.3, "temporal": 0.3}
+POWER = 5
+MAX_WIDTH = 256
+"""Head dimension, extra channels included, up to which fused kernels work."""
+HIDDEN = -1e4
+"""An additive mask at or below this hides its key."""
+FAR = 3e4  # logit below the others of a hidden key: its weight is 0 in every dtype, and float16 holds it
+WIDTH_STEP = 8  # fused kernels want widths that are multiples of this
+TILE_ELEMENTS = 2**20  # of the scores that are looked through at once
+SMALL = 256  # rows below which some of them alone may be computed by another code path, with other rounding
+
+
+def modulation_strength(t: float, size: Tensor | float, kind: Kind = "self") -> Tensor:
+    """a in [0, 1): xi(t) * size, with xi = 0.3 t^5 for self, temporal and joint attention and t^5 for cross attention.
+
+    t: normalised time, 1 = noise, 0 = clean; size: 1 minus the share of the frame or clip that the query's region
+    covers, clamped to [0, 1].
+    """
+    return XI[kind] * t**POWER * torch.as_tensor(size).clamp(0, 1)
+
+
+def modulated_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    region_query: Tensor,
+    region_key: Tensor,
+    strength: Tensor | float,
+    *,
+    overlap: Overlap = "any",
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    blocks: Sequence[int] | None = None,
+    attention: Attention | None = None,
+    tile: int = TILE_ELEMENTS,
+) -> Tensor:
+    """Attention whose scores are pulled together within regions and apart between them; (B, H, N, D of value).
+
+    query (B, H, N, D), key and value (B, H, M, D). region_query (N, K) or (B, N, K) and region_key (M, K) or (B, M, K):
+    membership in [0, 1]. strength: a in [0, 1], scalar, (N,), (B, N) or (B, H, N); rows of strength 0 are those of
+    plain attention. overlap: R = 1 where query and key share any region (of soft memberships 1 - prod(1 - u v)), or
+    the product R = sum u v, meant for a partition. mask: additive, (B or 1, 1, 1, M), of padding or of a bias on keys;
+    one of rows and keys (B or 1, 1, N, M) takes the tiled form. blocks: lengths of consecutive blocks of keys, such as
+    text and video; hi and lo are then taken within each key's own block. attention: the stock attention to use.
+    tile: elements of the largest temporary tensor of scores.
+
+    Differentiable in query, key and value. Raises ValueError for shapes that do not fit.
+    """
+    attention = attention or scaled_dot_product_attention
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    strength = _rows_of(strength, query)
+    region_query, region_key = (t if t.ndim == 3 else t[None] for t in (region_query, region_key))
+    _check(query, key, region_query, region_key, mask, blocks)
+    options = {"overlap": overlap, "scale": scale, "blocks": blocks, "attention": attention, "tile": tile}
+    active = strength != 0
+    if not active.any():
+        return _plain(attention, query, key, value, scale, mask)
+    if not (batches := active.any(2).any(1)).all():
+
+        def of_batches(chosen: Tensor) -> Tensor:
+            tensors = (query, key, value, region_query, region_key, strength)
+            return modulated_attention(*(_pick(t, 0, chosen) for t in tensors), mask=_pick(mask, 0, chosen), **options)
+
+        return _in_two(of_batches, batches, 0)
+    if not (rows := active.any(1).any(0)).all() and len(rows) >= SMALL:
+
+        def of_rows(chosen: Tensor) -> Tensor:
+            q, u, a = _pick(query, 2, chosen), _pick(region_query, 1, chosen), _pick(strength, 2, chosen)
+            return modulated_attention(q, key, value, u, region_key, a, mask=_pick(mask, 2, chosen), **options)
+
+        return _in_two(of_rows, rows, 2)
+    scores = _Scores(query, key, scale, mask, blocks, tile)
+    out = _augmented(scores, value, _factors(region_query, region_key, overlap), strength, attention)
+    if out is None:
+        log.info("region attention: too many channels, or a mask that is not of keys alone; formed in tiles (slower)")
+        return _tiled(scores, value, region_query, region_key, overlap, strength)
+    if active.all():
+        return out
+    return torch.where(active[..., None], out, _plain(attention, query, key, value, scale, mask))
+
+
+def _rows_of(strength: Tensor | float, query: Tensor) -> Tensor:
+    """strength as (B, H, N)."""
+    wide = torch.promote_types(query.dtype, torch.float32)
+    strength = torch.as_tensor(strength, device=query.device, dtype=wide)
+    if strength.ndim == 2:
+        strength = strength[:, None]
+    return strength.expand(query.shape[:3])
+
+
+def _check(query, key, region_query, region_key, mask, blocks) -> None:
+    for name, region, tokens in (("region_query", region_query, query), ("region_key", region_key, key)):
+        if region.shape[0] not in (1, query.shape[0]) or region.shape[1] != tokens.shape[2]:
+            raise ValueError(
+                f"{name}: it has shape {tuple(region.shape)}; expected ({tokens.shape[2]}, K) or "
+                f"({query.shape[0]}, {tokens.shape[2]}, K)"
+            )
+    if region_query.shape[2] != region_key.shape[2]:
+        raise ValueError(f"region_key: it has {region_key.shape[2]} regions, region_query {region_query.shape[2]}")
+    if blocks is not None and sum(blocks) != key.shape[2]:
+        raise ValueError(f"blocks: they hold {sum(blocks)} keys, there are {key.shape[2]}")
+    if mask is not None and (mask.ndim != 4 or mask.shape[1] != 1 or mask.shape[3] != key.shape[2]):
+        raise ValueError(f"mask: it has shape {tuple(mask.shape)}; expected (B, 1, 1 or N, {key.shape[2]})")
+
+
+def _plain(
+    attention: Attention, query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None
+) -> Tensor:
+    return attention(query, key, value, scale=scale, **({} if mask is None else {"attn_mask": mask}))
+
+
+def _pick(tensor: Tensor | None, dim: int, chosen: Tensor) -> Tensor | None:
+    """These items of a dimension, or the tensor itself where that dimension only broadcasts."""
+    return tensor if tensor is None or tensor.shape[dim] == 1 else tensor.index_select(dim, chosen)
+
+
+def _in_two(compute: Callable[[Tensor], Tensor], active: Tensor, dim: int) -> Tensor:
+    """What `compute` gives for the active items and for the others, in their own order."""
+    order = torch.cat([active.nonzero()[:, 0], (~active).nonzero()[:, 0]])
+    parts = [compute(chosen) for chosen in order.split([int(active.sum()), int((~active).sum())])]
+    return torch.cat(parts, dim).index_select(dim, order.argsort())
+
+
+# --- the scores ---------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """scale <query, key> + mask, never as a whole."""
+
+    query: Tensor
+    key: Tensor
+    scale: float
+    mask: Tensor | None
+    blocks: Sequence[int] | None
+    tile: int
+
+    @property
+    def slices(self) -> list[slice]:
+        """Of the keys, one a block."""
+        ends = list(accumulate(self.blocks or [self.key.shape[2]]))
+        return [slice(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+
+    @property
+    def by_key(self) -> bool:
+        """Whether the mask, if there is one, is the same for all rows."""
+        return self.mask is None or self.mask.shape[2] == 1
+
+    def hidden(self) -> Tensor | None:
+        """(B or 1, 1, 1 or N, M): the keys that the mask hides."""
+        return None if self.mask is None else self.mask <= HIDDEN
+
+    def bias(self) -> Tensor | None:
+        """The mask without its hidden keys; None if nothing is left."""
+        if self.mask is None:
+            return None
+        rest = self.mask.masked_fill(self.mask <= HIDDEN, 0.0)
+        return rest if rest.any() else None
+
+    def row_tiles(self) -> list[slice]:
+        step = max(1, self.tile // max(1, self.query.shape[0] * self.query.shape[1] * self.key.shape[2]))
+        return [slice(start, start + step) for start in range(0, self.query.shape[2], step)]
+
+    def tile_of(self, rows: slice, keys: slice = slice(None)) -> Tensor:
+        """(B, H, rows, keys), hidden keys left as they are."""
+        scores = (self.query[:, :, rows] @ self.key[:, :, keys].mT) * self.scale
+        bias = self.bias()
+        return scores if bias is None else scores + bias[:, :, rows if bias.shape[2] > 1 else slice(None), keys]
+
+    def extrema(self, keys: slice) -> tuple[Tensor, Tensor]:
+        """Lowest and highest score of each row over a block of keys, each (B, H, N) in float32 or better.
+
+        Only the indices are searched; the two scores are formed again from them, so they carry gradients and the
+        precision of one inner product.
+        """
+        lowest, highest = self._extremal_keys(keys)
+        return self._score_of(lowest), self._score_of(highest)
+
+    @torch.no_grad()
+    def _extremal_keys(self, keys: slice) -> tuple[Tensor, Tensor]:
+        hidden, found = self.hidden(), []
+        for rows in self.row_tiles():
+            scores = self.tile_of(rows, keys)
+            low = high = scores
+            if hidden is not None:
+                here = hidden[:, :, :, keys]
+                low, high = scores.masked_fill(here, torch.inf), scores.masked_fill(here, -torch.inf)
+            found.append((low.argmin(-1), high.argmax(-1)))
+        return tuple(torch.cat(parts, -1) + (keys.start or 0) for parts in zip(*found, strict=True))
+
+    def _score_of(self, index: Tensor) -> Tensor:
+        """The scores of one key a row, index (B, H, N)."""
+        wide = torch.promote_types(self.query.dtype, torch.float32)
+        chosen = self.key.gather(2, index[..., None].expand(*index.shape, self.key.shape[-1]))
+        score = (self.query.to(wide) * chosen.to(wide)).sum(-1) * self.scale
+        bias = self.bias()
+        if bias is None:
+            return score
+        return score + bias.to(wide).expand(*index.shape[:2], 1, -1)[:, :, 0].gather(2, index)
+
+
+# --- exact, by extra channels of a stock attention ----------------------
+
+
+def _factors(region_query: Tensor, region_key: Tensor, overlap: Overlap) -> tuple[Tensor, Tensor] | None:
+    """A (B or 1, N, C) and B (B or 1, M, C) with R = A B^T; None where C would be too large.
+
+    Any shared region: one channel a pattern of memberships that occurs, on the side that has fewer of them.
+    """
+    if overlap == "product":
+        return region_query, region_key
+    patterns, which = region_query.flatten(0, 1).unique(dim=0, return_inverse=True)
+    others, which_other = region_key.flatten(0, 1).unique(dim=0, return_inverse=True)
+    if min(len(patterns), len(others)) > MAX_WIDTH:
+        return None
+    if len(others) < len(patterns):
+        return _factors(region_key, region_query, overlap)[::-1]
+    chosen = one_hot(which, len(patterns)).unflatten(0, region_query.shape[:2]).to(region_query)
+    inside = patterns.any(1)  # a pattern of no region shares none
+    return chosen[..., inside], _shared(patterns[inside], region_key).mT
+
+
+def _shared(u: Tensor, v: Tensor) -> Tensor:
+    """Whether rows of u (..., N, K) and of v (..., M, K) share any region: (..., N, M)."""
+    apart = torch.ones(())
+    for k in range(u.shape[-1]):
+        apart = apart * (1 - u[..., :, None, k] * v[..., None, :, k])
+    return 1 - apart
+
+
+def _augmented(
+    scores: _Scores, value: Tensor, factors: tuple[Tensor, Tensor] | None, strength: Tensor, attention: Attention
+) -> Tensor | None:
+    """The module's identity; None where it does not apply."""
+    if factors is None or not scores.by_key:
+        return None
+    query, key, scale = scores.query, scores.key, scores.scale
+    wide = torch.promote_types(query.dtype, torch.float32)
+    on_query, on_key = (factor[:, None].to(wide) for factor in factors)
+    strength, several = strength[..., None].to(wide), len(scores.slices) > 1
+    halves = 1 if query.dtype == wide else 2
+    channels = factors[0].shape[-1] * len(scores.slices) + several * len(scores.slices) + 2 * (scores.mask is not None)
+    if query.shape[-1] + halves * channels > MAX_WIDTH:
+        return None
+    pairs = []  # of channels on the query (B, H, N, c) and on the key (B or 1, 1, M, c), logits being scale q k
+    for keys in scores.slices:
+        low, high = (bound[..., None] for bound in scores.extrema(keys))
+        here = torch.zeros(key.shape[2], 1, dtype=wide, device=key.device)
+        here[keys] = 1
+        pairs.append((strength * (high - low) * on_query / scale, on_key * here))
+        if several:  # else a lo is the same for all keys of a row
+            pairs.append((strength * low / scale, here[None, None]))
+    if (bias := scores.bias()) is not None:
+        pairs.append(((1 - strength) / scale, bias.mT.to(wide)))
+    if scores.mask is not None:
+        far = (FAR / scale) ** 0.5
+        pairs.append((torch.full_like(strength, far), scores.hidden().mT.to(wide) * -far))
+    queries, keys = [((1 - strength) * query.to(wide)).to(query.dtype)], [key]
+    for of_query, of_key in pairs:
+        of_key = of_key.to(key.dtype).expand(*key.shape[:3], -1)
+        for part in _rounded(of_query.expand(*query.shape[:3], -1), query.dtype):
+            queries.append(part)
+            keys.append(of_key)
+    query, key = torch.cat(queries, -1), torch.cat(keys, -1)
+    width = -(-query.shape[-1] // WIDTH_STEP) * WIDTH_STEP
+    padded = (pad(t, (0, width - t.shape[-1])) for t in (query, key, value))
+    return attention(*padded, scale=scale)[..., : value.shape[-1]]
+
+
+def _rounded(channel: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """The channel in `dtype`; of half precision with its remainder as a second one, so that large scores keep it."""
+    rounded = channel.to(dtype)
+    return [rounded] if dtype == channel.dtype else [rounded, (channel - rounded).to(dtype)]
+
+
+# --- exact, in tiles of rows --------------------------------------------
+
+
+def _tiled(
+    scores: _Scores, value: Tensor, region_query: Tensor, region_key: Tensor, overlap: Overlap, strength: Tensor
+) -> Tensor:
+    """The definition itself, for some rows at a time; recomputed in a backward pass."""
+
+    def of_rows(query: Tensor, key: Tensor, value: Tensor, rows: slice) -> Tensor:
+        here = replace(scores, query=query, key=key)
+        wide = torch.promote_types(query.dtype, torch.float32)
+        raw = here.tile_of(rows).to(wide)
+        u, v = region_query[:, rows].to(wide), region_key.to(wide)
+        shared = (_shared(u, v) if overlap == "any" else u @ v.mT)[:, None]
+        a, hidden = strength[:, :, rows, None].to(wide), here.hidden()
+        if hidden is not None:
+            hidden = hidden[:, :, rows if hidden.shape[2] > 1 else slice(None)].expand(*raw.shape[:1], 1, -1, -1)
+        pulled = []
+        for keys in here.slices:
+            low = high = raw[..., keys]
+            if hidden is not None:
+                low = low.masked_fill(hidden[..., keys], torch.inf)
+                high = high.masked_fill(hidden[..., keys], -torch.inf)
+            low, high = low.amin(-1, keepdim=True), high.amax(-1, keepdim=True)
+            pulled.append((1 - a) * raw[..., keys] + a * (low + shared[..., keys] * (high - low)))
+        moved = torch.cat(pulled, -1)
+        if hidden is not None:
+            moved = moved.masked_fill(hidden, -torch.inf)
+        return (moved.softmax(-1) @ value.to(wide)).to(value.dtype)
+
+    def run(rows: slice) -> Tensor:
+        if torch.is_grad_enabled():
+            return checkpoint(of_rows, scores.query, scores.key, value, rows, use_reentrant=False)
+        return of_rows(scores.query, scores.key, value, rows)
+
+    return torch.cat([run(rows) for rows in scores.row_tiles()], 2)
