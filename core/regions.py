@@ -1,0 +1,187 @@
+"""Regions: a phrase with a mask for each frame, and what of them a token belongs to (ST-Modulator, arXiv 2502.17258).
+
+Shape letters: F frames of the masks, f frames of a token grid (h, w), N = h w tokens a frame, K regions, L text tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d, adaptive_max_pool2d, interpolate
+
+from .masks import as_frames
+
+Pooling = Literal["area", "max", "nearest"]
+Over = Literal["clip", "frame"]
+
+ONLY, EVERY = 0, -1
+"""Values of `Region.occurrence` besides 1, 2, ... for the n-th."""
+
+PART = 0.9  # share of a region that lies within another, which makes it a part of that
+THIN = 0.5  # membership that the best token of a region has at least
+
+
+class PhraseError(ValueError):
+    """A phrase is not in its prompt, or more than once without a choice. The message names both."""
+
+
+@dataclass(frozen=True, eq=False)
+class Region:
+    """phrase: words of the prompt, or "" for a region without text. mask: (F, H, W) in [0, 1].
+
+    occurrence: which place of the phrase in the prompt is meant: ONLY (there is but one), 1, 2, ..., or EVERY.
+    """
+
+    phrase: str
+    mask: Tensor
+    occurrence: int = ONLY
+
+
+# --- masks --------------------------------------------------------------
+
+
+def same_frames(regions: Sequence[Region]) -> Tensor:
+    """The masks of all regions, (K, F, H, W) in [0, 1]; a mask of one frame holds for all.
+
+    Raises ValueError where sizes or numbers of frames differ, naming the region.
+    """
+    frames = max((region.mask.reshape(-1, *region.mask.shape[-2:]).shape[0] for region in regions), default=0)
+    masks = []
+    for number, region in enumerate(regions, start=1):
+        name = f"region {number} ({region.phrase!r})"
+        mask = as_frames(region.mask.float().clamp(0, 1), frames, name)
+        if masks and mask.shape != masks[0].shape:
+            raise ValueError(
+                f"{name}: its mask has {mask.shape[2]} x {mask.shape[1]} pixels, the first region's "
+                f"{masks[0].shape[2]} x {masks[0].shape[1]}; all masks of a clip need one size"
+            )
+        masks.append(mask)
+    return torch.stack(masks)
+
+
+def partition(masks: Tensor) -> Tensor:
+    """(K, F, H, W) -> (K + 1, F, H, W) that sum to 1: each pixel to its front region, the last layer to none.
+
+    A part lies before what it is a part of; else a later region lies before an earlier one. Soft pixels are shared.
+    """
+    covered = masks.flatten(1).sum(1)
+    inside = torch.minimum(masks[:, None], masks[None]).flatten(2).sum(2)  # (K, K): of row within column
+    within = (inside >= PART * covered[:, None]) & (covered[:, None] < covered[None]) & (covered[:, None] > 0)
+    depth = within.sum(1).tolist()
+    shares, left = torch.empty(len(masks) + 1, *masks.shape[1:]), torch.ones_like(masks[0])
+    for k in sorted(range(len(masks)), key=lambda k: (depth[k], k), reverse=True):
+        shares[k] = masks[k] * left
+        left = left * (1 - masks[k])
+    shares[-1] = left
+    return shares
+
+
+def membership(layers: Tensor, grid: tuple[int, int, int], pooling: Pooling = "area") -> Tensor:
+    """What of each token belongs to each layer (K, F, H, W): (f, N, K) in [0, 1] for a grid (f, h, w).
+
+    area: the share of the token's pixels. Of a partition the result sums to 1; a region whose best token of a frame has
+    less than a half is scaled up to a half there, at the cost of the others, so that thin parts survive. max: the
+    largest pixel. nearest: the top left pixel, as the public code takes it.
+    Masks have the clip's frames, or the latent's: see `in_latent_frames`.
+    """
+    frames, height, width = grid
+    layers = in_latent_frames(layers, frames)
+    flat = layers.flatten(0, 1)[:, None]
+    if pooling == "area":
+        pooled = adaptive_avg_pool2d(flat, (height, width))
+    elif pooling == "max":
+        pooled = adaptive_max_pool2d(flat, (height, width))
+    else:
+        pooled = interpolate(flat, (height, width), mode="nearest")
+    tokens = pooled.unflatten(0, layers.shape[:2])[:, :, 0].flatten(2).permute(1, 2, 0)
+    return _thin_parts_kept(tokens) if pooling == "area" else tokens
+
+
+def in_latent_frames(layers: Tensor, frames: int) -> Tensor:
+    """(K, F, H, W) -> (K, frames, H, W): as it is, or, where a latent frame holds c frames but the first, their mean.
+
+    Raises ValueError where F is neither `frames` nor c (frames - 1) + 1 for a whole c, nor 1.
+    """
+    count = layers.shape[1]
+    if count == frames:
+        return layers
+    if count == 1:
+        return layers.expand(-1, frames, -1, -1)
+    if frames > 1 and (count - 1) % (frames - 1) == 0:
+        rest = layers[:, 1:].unflatten(1, (frames - 1, -1)).mean(2)
+        return torch.cat([layers[:, :1], rest], 1)
+    raise ValueError(
+        f"regions: their masks have {count} frames, the latent has {frames}; expected one mask for all frames, "
+        f"{frames}, or as many as the clip that the latent was encoded from"
+    )
+
+
+def _thin_parts_kept(tokens: Tensor) -> Tensor:
+    """(f, N, K) of a partition, its last layer the background."""
+    tokens = tokens.clone()
+    for k in range(tokens.shape[-1] - 1):
+        own = tokens[..., k]
+        best = own.amax(1, keepdim=True)
+        factor = torch.where((best > 0) & (best < THIN), THIN / best.clamp(min=1e-6), 1.0)
+        grown = (own * factor).clamp(max=1)
+        rest = ((1 - grown) / (1 - own).clamp(min=1e-6))[..., None]
+        tokens = torch.where((factor > 1)[..., None], tokens * rest, tokens)
+        tokens[..., k] = grown
+    return tokens
+
+
+def size_term(tokens: Tensor, over: Over = "clip", *, covered_twice: bool = False) -> Tensor:
+    """(f, N, K) -> (f, N) in [0, 1]: 1 minus the share of the clip, or of the frame, that a token's regions cover.
+
+    Large regions are modulated less (arXiv 2502.17258, section 3.2). covered_twice: divide by the frames once
+    more, as the public code does, so that the term is about 1.
+    """
+    share = tokens.mean((0, 1)) if over == "clip" else tokens.mean(1, keepdim=True)
+    if covered_twice:
+        share = share / tokens.shape[0]
+    return (1 - (tokens * share).sum(-1)).clamp(0, 1)
+
+
+# --- words --------------------------------------------------------------
+
+
+def phrase_positions(prompt: Sequence[object], phrase: Sequence[object], occurrence: int = ONLY) -> list[int]:
+    """Where the tokens of a phrase stand in a prompt; both hold token numbers, None where there is no word.
+
+    A phrase may run over such places, for example from one chunk of 77 tokens to the next. Raises PhraseError where
+    there is no such occurrence, or more than one and none is chosen.
+    """
+    words = [(place, token) for place, token in enumerate(prompt) if token is not None]
+    wanted = [token for token in phrase if token is not None]
+    starts = range(len(words) - len(wanted) + 1) if wanted else ()
+    found = [
+        [place for place, _ in words[start : start + len(wanted)]]
+        for start in starts
+        if all(_same(words[start + i][1], token) for i, token in enumerate(wanted))
+    ]
+    if not found:
+        raise PhraseError("it is not there")
+    if occurrence == EVERY:
+        return sorted({place for places in found for place in places})
+    if occurrence == ONLY and len(found) > 1:
+        raise PhraseError(f"it is there {len(found)} times, and no occurrence is chosen")
+    if occurrence > len(found):
+        raise PhraseError(f"it is there {len(found)} times, and occurrence {occurrence} is asked for")
+    return found[max(occurrence, 1) - 1]
+
+
+def _same(a: object, b: object) -> bool:
+    """Equal token numbers; an embedding (a tensor) equals nothing."""
+    return not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b
+
+
+def token_regions(positions: Sequence[Sequence[int]], length: int) -> Tensor:
+    """(L, K) in {0, 1}: which text tokens are of which region's phrase."""
+    table = torch.zeros(length, len(positions))
+    for k, places in enumerate(positions):
+        table[list(places), k] = 1
+    return table
