@@ -7,11 +7,12 @@ and learns from module hooks, which live only while the model runs, which layer 
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 
 from torch import Tensor
 from torch.nn import Module
 
+from ..core.parametrization import noise_fraction
 from .families import Kind, Layer, attention_layers
 
 KEY = "spacetime_edit_tap"
@@ -28,8 +29,9 @@ class Row:
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """One attention call. query (B, H, N, D), key and value (B, H, M, D), logits are `scale` q k.
+    """One attention call. query (B, H, N, D), key and value (B, H, M, D), logits are `scale` q k + `mask`.
 
+    attend: the attention that would have been computed, for other arguments (query, key, value, scale, attn_mask).
     grid: (F, h, w) of the layer's tokens. Spatial and cross attention: B = prompts * F, N = h w; temporal:
     B = prompts * h w, N = F. Rows are prompt-major.
     """
@@ -41,6 +43,8 @@ class AttentionCall:
     scale: float
     grid: tuple[int, int, int]
     run: "_Run" = field(repr=False)
+    mask: Tensor | None = None
+    attend: Callable[..., Tensor] | None = field(default=None, repr=False)
 
     @property
     def kind(self) -> Kind:
@@ -53,6 +57,21 @@ class AttentionCall:
         if self.kind != "temporal":
             of_row = [(f,) for f in frames]
         return tuple(Row(p, u, f) for p, u in zip(run.prompts, run.uuids, strict=True) for f in of_row)
+
+    @property
+    def percent(self) -> float:
+        """Progress of denoising in [0, 1]."""
+        return self.run.percent
+
+    @property
+    def options(self) -> dict:
+        """The transformer_options of the run."""
+        return self.run.options
+
+    @property
+    def level(self) -> int:
+        """How much coarser than the latent the layer's grid is: 1, 2, 4, ..."""
+        return -(-self.run.size[0] // self.grid[1])
 
     @property
     def at_latent_resolution(self) -> bool:
@@ -77,13 +96,26 @@ def until_enough_seen(predict: Callable[[], Tensor]) -> Tensor | None:
 
 @dataclass(frozen=True)
 class _Run:
-    """One call of the model: its network, latent size, prompts in the batch, frames (indices in the whole clip)."""
+    """One call of the model: the host's BaseModel, sigma (B,), latent size, prompts in the batch, frames (indices in
+    the whole clip), and the transformer_options."""
 
-    network: Module
+    base_model: object
+    sigma: Tensor
     size: tuple[int, int]
     prompts: tuple[int, ...]
     uuids: tuple[object, ...]
     frames: tuple[int, ...]
+    options: dict = field(repr=False)
+
+    @property
+    def network(self) -> Module:
+        return self.base_model.diffusion_model
+
+    @cached_property
+    def percent(self) -> float:
+        """Progress of denoising in [0, 1], as in Apply ControlNet."""
+        sampling = self.base_model.model_sampling
+        return 1 - noise_fraction(float(self.sigma.flatten()[0]), sampling.percent_to_sigma)
 
 
 class AttentionTap:
@@ -114,7 +146,7 @@ class AttentionTap:
     def _track(self, executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **kw):
         """APPLY_MODEL wrapper: follows the run of the model."""
         options = transformer_options or {}
-        with self._following(_describe_run(executor.class_obj.diffusion_model, x, options)):
+        with self._following(_describe_run(executor.class_obj, x, t, options)):
             return executor(x, t, c_concat, c_crossattn, control, options, **kw)
 
     @property
@@ -162,30 +194,32 @@ class AttentionTap:
         proceed = func if previous is None else lambda *a, **k: previous(func, *a, **k)
         if self._run is None or not self._stack:
             return proceed(*args, **kwargs)
-        call = self._describe(args, kwargs)
+        call = self._describe(args, kwargs, proceed)
         for listener in self._listeners:
             output = listener(call)
             if output is not None:
                 return output if kwargs.get("skip_output_reshape") else output.transpose(1, 2).flatten(2)
         return proceed(*args, **kwargs)
 
-    def _describe(self, args: tuple, kwargs: dict) -> AttentionCall:
+    def _describe(self, args: tuple, kwargs: dict, proceed: Callable) -> AttentionCall:
         query, key, value = args[:3]
         heads = args[3] if len(args) > 3 else kwargs["heads"]
         if not kwargs.get("skip_reshape"):
             query, key, value = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (query, key, value))
         scale = kwargs.get("scale") or query.shape[-1] ** -0.5
         layer = self._stack[-1]
-        return AttentionCall(layer, query, key, value, scale, _grid(layer.kind, query, self._run), self._run)
+        grid, mask = _grid(layer.kind, query, self._run), args[4] if len(args) > 4 else kwargs.get("mask")
+        attend = partial(_attend, proceed, kwargs)
+        return AttentionCall(layer, query, key, value, scale, grid, self._run, mask, attend)
 
 
-def _describe_run(network: Module, x: Tensor, options: dict) -> _Run:
+def _describe_run(base_model, x: Tensor, sigma: Tensor, options: dict) -> _Run:
     prompts = tuple(options.get("cond_or_uncond", (0,)))
     frames = x.shape[0] // len(prompts) if x.ndim == 4 else x.shape[2]
     window = options.get("context_window")
     indices = range(frames) if window is None else window.index_list
     uuids = tuple(options.get("uuids", (None,) * len(prompts)))
-    return _Run(network, tuple(x.shape[-2:]), prompts, uuids, tuple(indices))
+    return _Run(base_model, sigma, tuple(x.shape[-2:]), prompts, uuids, tuple(indices), options)
 
 
 def _grid(kind: Kind, query: Tensor, run: _Run) -> tuple[int, int, int]:
@@ -197,6 +231,18 @@ def _grid(kind: Kind, query: Tensor, run: _Run) -> tuple[int, int, int]:
     if height * width != tokens:
         raise ValueError(f"attention with {tokens} tokens does not fit a latent of {run.size[0]} x {run.size[1]}")
     return len(run.frames), height, width
+
+
+OF_THE_CALL = ("heads", "mask", "scale", "skip_reshape", "skip_output_reshape", "enable_gqa")
+"""Keyword arguments of the host's attention that describe its tensors; the others pass through."""
+
+
+def _attend(proceed: Callable, kwargs: dict, query: Tensor, key: Tensor, value: Tensor, scale: float, attn_mask=None):
+    """(B, H, N, D) by the host's attention. Without its 8-bit kernels: extra channels may be far larger than others."""
+    passed = {name: value for name, value in kwargs.items() if name not in OF_THE_CALL}
+    options = {"mask": attn_mask, "skip_reshape": True, "scale": scale, "low_precision_attention": False}
+    heads = query.shape[1]
+    return proceed(query, key, value, heads, **passed | options).unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
 def _differentiable_attention():

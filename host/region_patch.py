@@ -1,0 +1,166 @@
+"""ST-Layout modulation of a model's attention by regions, as a listener of the attention tap (arXiv 2502.17258).
+
+Modes: "paper": self-attention of all prompts and cross-attention of the positive one; a region's size is its share of
+the clip (self) or of the frame (cross); a pixel is of one region, what is in none is a region of its own. "released",
+as the public code: self-attention of the negative prompt only; sizes nearly 1 in self-attention; masks overlap, and
+what is in no mask shares a region with nothing.
+"""
+
+import logging
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..core.region_attention import modulated_attention, modulation_strength
+from ..core.regions import membership, partition, same_frames, size_term, token_regions
+from .attention_tap import AttentionCall, AttentionTap
+from .region_prompt import Layout
+from .sampling import SOURCE_RUN
+
+log = logging.getLogger("spacetime_edit")
+
+POSITIVE, NEGATIVE = 0, 1
+"""Numbers of the prompts in the host's cond_or_uncond."""
+
+FINEST = 1024
+"""Tokens a frame up to which the latent's own resolution is modulated where no levels are chosen."""
+
+
+@dataclass(frozen=True, eq=False)
+class RegionModulation:
+    """Modulates attention calls by the regions of a layout.
+
+    self_strength, cross_strength, temporal_strength: factors of the method's own strength, 0 = none. start, end:
+    percent of denoising in [0, 1]. levels: how much coarser than the latent a layer's grid is, where it is modulated;
+    None: all but the latent's own resolution, and that too where it has at most 1024 tokens.
+    """
+
+    layout: Layout
+    self_strength: float = 1.0
+    cross_strength: float = 1.0
+    temporal_strength: float = 0.0
+    start: float = 0.0
+    end: float = 0.3
+    levels: frozenset[int] | None = None
+    _tables: dict = field(default_factory=dict, repr=False)
+
+    @property
+    def neutral(self) -> bool:
+        """Whether it never changes anything."""
+        return not self.layout.regions or not (self.self_strength or self.cross_strength or self.temporal_strength)
+
+    def __call__(self, call: AttentionCall) -> Tensor | None:
+        factor = {
+            "spatial": self.self_strength,
+            "cross": self.cross_strength,
+            "temporal": self.temporal_strength,
+        }[call.kind]
+        if factor == 0 or not self.start <= call.percent <= self.end or not self._at_level(call):
+            return None
+        if call.options.get(SOURCE_RUN):
+            return None  # the source clip is seen as it is
+        arguments = {"spatial": self._of_self, "cross": self._of_cross, "temporal": self._of_time}[call.kind](call)
+        if arguments is None:
+            return None
+        of_query, of_key, strength = arguments
+        return modulated_attention(
+            call.query,
+            call.key,
+            call.value,
+            of_query,
+            of_key,
+            (factor * strength).clamp(max=0.999),
+            overlap="product" if self.layout.mode == "paper" else "any",
+            mask=call.mask,
+            scale=call.scale,
+            attention=call.attend,
+        )
+
+    def _at_level(self, call: AttentionCall) -> bool:
+        if self.levels is not None:
+            return call.level in self.levels
+        return call.level > 1 or call.grid[1] * call.grid[2] <= FINEST
+
+    # --- one kind of attention each -------------------------------------
+
+    def _of_self(self, call: AttentionCall):
+        """Rows are frames: (B, N, K) for queries and keys."""
+        tokens = self._tokens(call)
+        size = size_term(tokens, "clip", covered_twice=self.layout.mode == "released")
+        frames = self._frames_of_rows(call)
+        rows = self._rows(call, {NEGATIVE} if self.layout.mode == "released" else None)
+        if rows is None:
+            return None
+        strength = modulation_strength(1 - call.percent, size[frames], "self") * rows[:, None]
+        return tokens[frames], tokens[frames], strength
+
+    def _of_cross(self, call: AttentionCall):
+        """Queries are a frame's tokens, keys the text's, of the positive prompt."""
+        rows = self._rows(call, {POSITIVE})
+        if rows is None:
+            return None
+        tokens, frames = self._tokens(call), self._frames_of_rows(call)
+        text = self._text(call)
+        size = size_term(tokens, "frame")
+        strength = modulation_strength(1 - call.percent, size[frames], "cross") * rows[:, None]
+        return tokens[frames][..., : text.shape[1]], text, strength
+
+    def _of_time(self, call: AttentionCall):
+        """Rows are places, tokens frames: a place may change its region as objects move."""
+        tokens = self._tokens(call).transpose(0, 1)  # (N, f, K)
+        size = size_term(self._tokens(call), "clip").T
+        prompts = len(call.rows) // len(tokens)
+        strength = modulation_strength(1 - call.percent, size, "temporal").repeat(prompts, 1)
+        tokens = tokens.repeat(prompts, 1, 1)
+        return tokens, tokens, strength
+
+    # --- tables ---------------------------------------------------------
+
+    def _tokens(self, call: AttentionCall) -> Tensor:
+        """(frames of the run, N, K) on the call's grid: memberships, the last of them the rest in mode "paper"."""
+        key = call.grid[1:], call.run.frames, call.query.device
+        if key not in self._tables:
+            masks = same_frames(self.layout.regions)
+            whole = max(call.run.frames) + 1
+            frames = list(call.run.frames)
+            if self.layout.mode == "paper":
+                table = membership(partition(masks), (self._clip_frames(masks, whole), *call.grid[1:]))
+            else:
+                table = membership(masks, (self._clip_frames(masks, whole), *call.grid[1:]), "nearest")
+            self._tables[key] = table[frames].to(call.query.device)
+        return self._tables[key]
+
+    def _clip_frames(self, masks: Tensor, at_least: int) -> int:
+        """Frames of the whole clip: a context window may show fewer of them than there are masks."""
+        return max(at_least, masks.shape[1]) if masks.shape[1] > 1 else at_least
+
+    def _text(self, call: AttentionCall) -> Tensor:
+        """(M, K): which of the call's keys are words of a region; the host may repeat a prompt."""
+        keys, length = call.key.shape[2], self.layout.length
+        if keys % length:
+            raise ValueError(
+                f"layout: it was made for {length} text tokens (the prompt {self.layout.prompt!r}), the model gets "
+                f"{keys}; connect the CONDITIONING of the same Encode Regional Prompt as positive"
+            )
+        table = token_regions(self.layout.positions, length).repeat(keys // length, 1)
+        return table.to(call.query.device)
+
+    def _frames_of_rows(self, call: AttentionCall) -> list[int]:
+        """For each batch row its frame, counted within the run."""
+        place = {frame: i for i, frame in enumerate(call.run.frames)}
+        return [place[row.frames[0]] for row in call.rows]
+
+    def _rows(self, call: AttentionCall, prompts: set[int] | None) -> Tensor | None:
+        """(B,) 1 for rows of these prompts; None where there is none of them."""
+        chosen = [prompts is None or row.prompt in prompts for row in call.rows]
+        return torch.tensor(chosen, dtype=torch.float32, device=call.query.device) if any(chosen) else None
+
+
+def patch_regions(model, modulation: RegionModulation):
+    """A clone of a ModelPatcher whose attention is modulated; of a neutral one the clone is unchanged."""
+    patched = model.clone()
+    if modulation.neutral:
+        return patched
+    patched.model_options = AttentionTap(patched, [modulation]).install(patched.model_options)
+    return patched

@@ -1,0 +1,245 @@
+"""Region modulation inside the real models, against the definition written out densely by another override."""
+
+import pytest
+import torch
+from spacetime_edit.core.regions import EVERY, Region
+from spacetime_edit.host.attention_tap import AttentionTap
+from spacetime_edit.host.region_patch import RegionModulation, patch_regions
+from spacetime_edit.host.region_prompt import Layout, encode_regional_prompt
+from spacetime_edit.host.sampling import SOURCE_RUN
+from spacetime_edit.tests.host import support
+from torch.nn.functional import avg_pool2d
+
+PROMPT = "a red circle on the left and a green square on the right, gray background"
+FRAMES = 4
+
+
+@pytest.fixture(autouse=True)
+def inference(threads):
+    with torch.inference_mode():
+        yield
+
+
+def boxes():
+    """Two boxes of FRAMES x 64 x 64 that move, one disjoint from the other, with edges on the grid of 8 x 8 tokens."""
+    left, right = torch.zeros(2, FRAMES, 64, 64)
+    for f in range(FRAMES):
+        left[f, 8 * (f % 2) : 32, 0:24] = 1
+        right[f, 16:48, 40 - 8 * (f // 2) : 64] = 1
+    return left, right
+
+
+def regions():
+    left, right = boxes()
+    return Region("red circle", left), Region("a green square", right)
+
+
+@pytest.fixture
+def layout(tiny):
+    return encode_regional_prompt(tiny.clip, PROMPT, regions())
+
+
+def clip_latent(frames=FRAMES, side=16, seed=3):
+    return torch.randn(frames, 4, side, side, generator=torch.Generator().manual_seed(seed))
+
+
+# --- the dense form -----------------------------------------------------
+
+
+def dense_override(layout, percent, mode, self_strength=1.0, cross_strength=1.0):
+    """A listener with every formula written out again, with tokens x tokens tensors in float64."""
+    t = 1 - percent
+    masks = torch.stack([r.mask for r in layout.regions])  # disjoint: the partition is these and the rest
+
+    def memberships(grid):
+        side = 64 // grid[1]
+        if mode == "paper":
+            owned = torch.stack([avg_pool2d(m[:, None], side)[:, 0].flatten(1) for m in masks], -1).double()
+            return torch.cat([owned, 1 - owned.sum(-1, keepdim=True)], -1)
+        return torch.stack([m[:, ::side, ::side].flatten(1) for m in masks], -1).double()
+
+    def softmax(call, shared, a):
+        scores = (call.query.double() @ call.key.double().mT) * call.scale
+        low, high = scores.amin(-1, keepdim=True), scores.amax(-1, keepdim=True)
+        shared, a = shared[:, None].double(), a[:, None, :, None].double()
+        moved = scores + a * shared * (high - scores) - a * (1 - shared) * (scores - low)
+        return (moved.softmax(-1) @ call.value.double()).to(call.value.dtype)
+
+    def listener(call):
+        if call.kind == "temporal":
+            return None
+        u = memberships(call.grid)
+        frame = [row.frames[0] for row in call.rows]
+        prompt = torch.tensor([row.prompt for row in call.rows])
+        mine = u[frame]
+        if call.kind == "spatial":
+            share = u.mean((0, 1)) / (1 if mode == "paper" else FRAMES)
+            size = (1 - (mine * share).sum(-1)).clamp(0, 1)
+            a = self_strength * 0.3 * t**5 * size
+            if mode == "released":
+                a = a * (prompt == 1)[:, None]
+            shared = mine @ mine.mT
+            return softmax(call, shared.clamp(max=1) if mode == "released" else shared, a)
+        size = (1 - (mine * u.mean(1)[frame][:, None]).sum(-1)).clamp(0, 1)
+        a = cross_strength * t**5 * size * (prompt == 0)[:, None]
+        words = torch.zeros(call.key.shape[2], u.shape[-1], dtype=torch.float64)
+        for k, places in enumerate(layout.positions):
+            for place in places:
+                words[place :: layout.length, k] = 1
+        return softmax(call, mine @ words.T, a)
+
+    return listener
+
+
+def percent_of(model, sigma):
+    """By the host's own schedule, on a fine grid."""
+    sampling = model.get_model_object("model_sampling")
+    grid = torch.linspace(0, 1, 20001)
+    sigmas = torch.tensor([sampling.percent_to_sigma(float(p)) for p in grid[::20]])
+    return float(grid[::20][(sigmas - sigma).abs().argmin()])
+
+
+@pytest.mark.parametrize("mode", ["paper", "released"])
+def test_predictions_are_those_of_the_dense_form(tiny, mode):
+    conditioning, layout = encode_regional_prompt(tiny.clip, PROMPT, regions(), mode)
+    sigma, negative = 8.0, support.encode(tiny, "")
+    modulation = RegionModulation(layout, end=1.0)
+    ours = support.prediction(patch_regions(tiny.model, modulation), conditioning, clip_latent(), negative, 3.0, sigma)
+    reference = tiny.model.clone()
+    listener = dense_override(layout, percent_of(tiny.model, sigma), mode)
+    reference.model_options = AttentionTap(reference, [listener]).install(reference.model_options)
+    wanted = support.prediction(reference, conditioning, clip_latent(), negative, 3.0, sigma)
+    plain = support.prediction(tiny.model, conditioning, clip_latent(), negative, 3.0, sigma)
+    assert support.relative(ours, wanted) < 2e-3 * support.relative(plain, wanted)
+    assert support.relative(plain, wanted) > 0.01  # it does something
+
+
+# --- neutrality (decision D13) ------------------------------------------
+
+NEUTRAL = {
+    "strength 0": {"self_strength": 0.0, "cross_strength": 0.0},
+    "window elsewhere": {"start": 0.9, "end": 1.0},
+    "no such level": {"levels": frozenset({32})},
+}
+
+
+@pytest.mark.parametrize("settings", NEUTRAL.values(), ids=NEUTRAL)
+def test_neutral_settings_change_no_bit(tiny, layout, settings):
+    conditioning, layout = layout
+    patched = patch_regions(tiny.model, RegionModulation(layout, **settings))
+    arguments = conditioning, clip_latent(), support.encode(tiny, ""), 3.0, 8.0
+    assert torch.equal(support.prediction(patched, *arguments), support.prediction(tiny.model, *arguments))
+
+
+def test_no_regions_change_no_bit(tiny):
+    conditioning, layout = encode_regional_prompt(tiny.clip, PROMPT, ())
+    patched = patch_regions(tiny.model, RegionModulation(layout))
+    assert "optimized_attention_override" not in patched.model_options["transformer_options"]
+    arguments = conditioning, clip_latent()
+    assert torch.equal(support.prediction(patched, *arguments), support.prediction(tiny.model, *arguments))
+    assert torch.equal(conditioning[0][0], support.encode(tiny, PROMPT)[0][0])
+
+
+def test_runs_that_see_the_source_are_left_alone(tiny, layout):
+    conditioning, layout = layout
+    patched = patch_regions(tiny.model, RegionModulation(layout, end=1.0))
+    patched.model_options["transformer_options"][SOURCE_RUN] = True
+    arguments = conditioning, clip_latent(), None, 1.0, 8.0
+    assert torch.equal(support.prediction(patched, *arguments), support.prediction(tiny.model, *arguments))
+
+
+def test_self_and_cross_have_their_own_strength(tiny, layout):
+    conditioning, layout = layout
+    results = []
+    for own, cross in ((1.0, 0.0), (0.0, 1.0), (1.0, 1.0)):
+        modulation = RegionModulation(layout, own, cross, end=1.0)
+        results.append(
+            support.prediction(patch_regions(tiny.model, modulation), conditioning, clip_latent(), sigma=8.0)
+        )
+    assert support.relative(results[0], results[1]) > 1e-3 and support.relative(results[1], results[2]) > 1e-3
+
+
+def test_a_run_leaves_the_model_as_it_was(tiny, layout):
+    conditioning, layout = layout
+    before = support.Untouched(tiny.model)
+    patched = patch_regions(tiny.model, RegionModulation(layout, end=1.0, temporal_strength=1.0))
+    support.prediction(patched, conditioning, clip_latent(), support.encode(tiny, ""), 3.0, 8.0)
+    assert before.changed() == []
+
+
+def test_overrides_of_other_packs_are_called_as_often(tiny, layout):
+    conditioning, layout = layout
+    counts = []
+    for modulation in (None, RegionModulation(layout, end=1.0)):
+        model, seen = tiny.model.clone(), []
+
+        def other_pack(func, *args, seen=seen, **kwargs):
+            seen.append(args[0].shape)
+            return func(*args, **kwargs)
+
+        model.model_options["transformer_options"]["optimized_attention_override"] = other_pack
+        model = model if modulation is None else patch_regions(model, modulation)
+        support.prediction(model, conditioning, clip_latent(), sigma=8.0)
+        counts.append(len(seen))
+    assert counts[0] == counts[1] > 0
+
+
+# --- prompts ------------------------------------------------------------
+
+
+def test_positions_are_those_of_the_words(tiny):
+    _, layout = encode_regional_prompt(tiny.clip, PROMPT, regions())
+    words = PROMPT.replace(",", " ,").split()
+    places = [["red", "circle"], ["a", "green", "square"]]
+    assert [[words[p - 1] for p in positions] for positions in layout.positions] == places  # after the start token
+    assert layout.length == tiny.clip.encode_from_tokens_scheduled(tiny.clip.tokenize(PROMPT))[0][0].shape[1]
+
+
+def test_weights_in_the_prompt_are_no_obstacle(tiny):
+    weighted = PROMPT.replace("red circle", "(red circle:1.3)")
+    conditioning, layout = encode_regional_prompt(tiny.clip, weighted, regions())
+    assert layout.positions == encode_regional_prompt(tiny.clip, PROMPT, regions())[1].positions
+    assert torch.equal(conditioning[0][0], support.encode(tiny, weighted)[0][0])
+
+
+def test_every_occurrence(tiny):
+    prompt = "a red circle on the left and a red circle on the right, gray background"
+    region = Region("red circle", boxes()[0], EVERY)
+    _, layout = encode_regional_prompt(tiny.clip, prompt, [region])
+    assert layout.positions == ((2, 3, 9, 10),)
+
+
+@pytest.mark.parametrize(
+    ("phrase", "message"),
+    [
+        ("blue circle", "phrase 'blue circle' in the prompt 'a red circle on the left.*it is not there"),
+        ("on the", "it is there 2 times, and no occurrence is chosen"),
+    ],
+)
+def test_a_phrase_that_is_not_meant_names_both(tiny, phrase, message):
+    with pytest.raises(ValueError, match=message):
+        encode_regional_prompt(tiny.clip, PROMPT, [Region(phrase, boxes()[0])])
+
+
+def test_a_region_without_words_is_a_region(tiny):
+    _, layout = encode_regional_prompt(tiny.clip, PROMPT, [Region(" ", boxes()[0])])
+    assert layout.positions == ((),)
+
+
+def test_spliced_phrases_are_as_if_alone(tiny):
+    plain, layout = encode_regional_prompt(tiny.clip, PROMPT, regions())
+    spliced, _ = encode_regional_prompt(tiny.clip, PROMPT, regions(), splice=True)
+    places = sorted(p for positions in layout.positions for p in positions)
+    others = [p for p in range(layout.length) if p not in places]
+    assert torch.equal(spliced[0][0][:, others], plain[0][0][:, others])
+    alone = support.encode(tiny, "red circle")[0][0]
+    assert torch.equal(spliced[0][0][:, list(layout.positions[0])], alone[:, 1:3])
+
+
+def test_a_prompt_of_another_length_is_refused_and_named(tiny, layout):
+    conditioning, layout = layout
+    shorter = Layout(layout.prompt, layout.regions, layout.positions, layout.length - 1, layout.mode)
+    with pytest.raises(ValueError, match="it was made for 23 text tokens .*the model gets 24"):
+        support.prediction(
+            patch_regions(tiny.model, RegionModulation(shorter, end=1.0)), conditioning, clip_latent(), sigma=8.0
+        )
