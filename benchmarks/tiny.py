@@ -80,7 +80,7 @@ def _generated(editor: Editor, scene: world.Scene, seed: int) -> torch.Tensor:
         editor.model.get_model_object("model_sampling"), "ddim_uniform", PROMPT_STEPS
     )
     frames = len(scene.objects[0].centres)
-    return editor.decode(editor.sample(scene, ddim, seed, torch.zeros(1, 4, frames, 16, 16), sigmas))
+    return editor.decode(editor.sample(scene, ddim, seed, torch.zeros(frames, 4, 16, 16), sigmas))
 
 
 @torch.inference_mode()

@@ -20,6 +20,8 @@ Over = Literal["clip", "frame"]
 
 ONLY, EVERY = 0, -1
 """Values of `Region.occurrence` besides 1, 2, ... for the n-th."""
+OCCURRENCES = {"once": ONLY, "every": EVERY, "first": 1, "second": 2, "third": 3, "fourth": 4, "fifth": 5}
+"""The same by their names."""
 
 PART = 0.9  # share of a region that lies within another, which makes it a part of that
 THIN = 0.5  # membership that the best token of a region has at least

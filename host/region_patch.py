@@ -15,6 +15,7 @@ from torch import Tensor
 from ..core.region_attention import modulated_attention, modulation_strength
 from ..core.regions import membership, partition, same_frames, size_term, token_regions
 from .attention_tap import AttentionCall, AttentionTap
+from .families import attention_layers, family_of
 from .region_prompt import Layout
 from .sampling import SOURCE_RUN
 
@@ -157,10 +158,35 @@ class RegionModulation:
         return torch.tensor(chosen, dtype=torch.float32, device=call.query.device) if any(chosen) else None
 
 
+def parse_levels(levels: str) -> frozenset[int] | None:
+    """ "1,2,4" as numbers; "" is None. Raises ValueError for anything else."""
+    parts = [part.strip() for part in levels.split(",") if part.strip()]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise ValueError(f"levels: {levels!r} is no list of numbers; write for example 2,4,8")
+    return frozenset(map(int, parts)) or None
+
+
 def patch_regions(model, modulation: RegionModulation):
-    """A clone of a ModelPatcher whose attention is modulated; of a neutral one the clone is unchanged."""
+    """A clone of a ModelPatcher whose attention is modulated; of a neutral one the clone is unchanged.
+
+    Raises ValueError where phrases have no cross-attention to act in.
+    """
     patched = model.clone()
     if modulation.neutral:
         return patched
+    kinds = {layer.kind for layer in attention_layers(model).values()}
+    if "cross" not in kinds and modulation.cross_strength and any(modulation.layout.positions):
+        raise ValueError(
+            f"model: {family_of(model).name} has no cross-attention, so no phrase can be kept in its region; set "
+            f"cross_strength to 0 to let regions act in self-attention alone"
+        )
+    for name in ("attn1", "attn2"):
+        if hidden := patched.model_options["transformer_options"].get("patches_replace", {}).get(name):
+            log.warning(
+                "ST-Layout: another pack replaces %s in %s; regions do not act there unless it calls the host's "
+                "attention",
+                {"attn1": "self-attention", "attn2": "cross-attention"}[name],
+                ", ".join(map(str, hidden)),
+            )
     patched.model_options = AttentionTap(patched, [modulation]).install(patched.model_options)
     return patched

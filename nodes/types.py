@@ -6,6 +6,8 @@ from comfy_api.latest import io
 
 TRAJECTORY_TYPE = io.Custom("STE_TRAJECTORY")
 SCORE_TYPE = io.Custom("STE_SCORE")
+REGIONS_TYPE = io.Custom("STE_REGIONS")
+LAYOUT_TYPE = io.Custom("STE_LAYOUT")
 
 
 def mask_inputs() -> list:
@@ -35,6 +37,16 @@ def mask_inputs() -> list:
             "clean source with fixed fresh noise. Without a mask it has no effect.",
         ),
     ]
+
+
+def regions_input() -> REGIONS_TYPE.Input:
+    """Regions to add to: the same input on every node that makes some."""
+    return REGIONS_TYPE.Input(
+        "regions",
+        optional=True,
+        tooltip="Regions to add this to. Chain as many as you like; where two overlap, a part lies before its whole, "
+        "else the later lies before the earlier.",
+    )
 
 
 def show_on_node(node, text: str) -> None:
