@@ -103,18 +103,29 @@ class _NormalTensors(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if torch.is_grad_enabled():
-            name = getattr(func, "__name__", "")
-            written = 1 if name.endswith("_") and not name.endswith("__") or name == "__setitem__" else 0
+        name = getattr(func, "__name__", "")
+        if name == "__get__" or not torch.is_grad_enabled():  # shape, dtype, device: most calls, and no operation
+            return func(*args, **kwargs)
+        written = 1 if name.endswith("_") and not name.endswith("__") or name == "__setitem__" else 0
+        if any(map(_is_inference, args[written:])):
             args = (*args[:written], *map(_normal, args[written:]))
+        if kwargs:
             kwargs = {key: value if key == "out" else _normal(value) for key, value in kwargs.items()}
         return func(*args, **kwargs)
+
+
+def _is_inference(value) -> bool:
+    """Whether an argument of an operation is or holds a tensor made under inference mode."""
+    kind = type(value)
+    if kind in (Tensor, torch.nn.Parameter):
+        return value.is_inference()
+    return kind in (list, tuple) and any(map(_is_inference, value))
 
 
 def _normal(value):
     """An argument of an operation, a tensor or a nest of them, with inference tensors cloned."""
     if isinstance(value, Tensor):
-        return value.clone() if type(value) in (Tensor, torch.nn.Parameter) and value.is_inference() else value
+        return value.clone() if _is_inference(value) else value
     return type(value)(map(_normal, value)) if type(value) in (list, tuple) else value
 
 
