@@ -9,15 +9,20 @@ async def comfy_entrypoint():
 
     from .nodes.capture_score import CaptureSTRScore
     from .nodes.cosine_curve import STRCosineCurve
+    from .nodes.encode_regional_prompt import EncodeRegionalPrompt
     from .nodes.example_clip import LoadExampleClip
     from .nodes.fit_clip import FitClipToModel
     from .nodes.invert_video import InvertVideo
     from .nodes.load_model import LoadVideoDiffusersModel
     from .nodes.load_trajectory import LoadTrajectory
     from .nodes.predict_cost import PredictCost
+    from .nodes.preview_regions import PreviewRegions
     from .nodes.preview_relevance import PreviewRelevance
+    from .nodes.region_prompt import RegionPrompt
+    from .nodes.regions_from_masks import RegionsFromMasks
     from .nodes.sample_trajectory import SampleFromTrajectory
     from .nodes.save_trajectory import SaveTrajectory
+    from .nodes.st_layout_patch import STLayoutAttentionPatch
     from .nodes.str_optimizer import STRLatentOptimizer
     from .nodes.sweep_lambda import SweepLambda
 
@@ -37,6 +42,11 @@ async def comfy_entrypoint():
                 STRLatentOptimizer,
                 SweepLambda,
                 STRCosineCurve,
+                RegionPrompt,
+                RegionsFromMasks,
+                PreviewRegions,
+                EncodeRegionalPrompt,
+                STLayoutAttentionPatch,
             ]
 
     return SpacetimeEdit()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import combinations
 
 import torch
 from torch import Tensor
@@ -12,8 +13,9 @@ from .regions import Region
 
 BITS = 4  # of a channel within which two colours are the same one
 SMALLEST = 5e-4  # of the clip's pixels
-RIM = 0.25  # span of a channel over a pixel and its neighbours, above which it is a rim
-SAME = 0.1  # distance of two colours in RGB below which they are one
+RIM = 0.2  # span of a channel over a pixel and its neighbours, above which it is a rim
+MIXED = 0.2  # share of two colours' areas below which one between them is their rim
+SAME = 0.2  # distance of two colours in RGB below which they are one
 
 
 def regions_of_masks(masks: Tensor, phrases: Sequence[str]) -> list[Region]:
@@ -59,9 +61,20 @@ def _flat_colours(pixels: Tensor) -> Tensor:
     codes = (levels * torch.tensor([2 ** (2 * BITS), 2**BITS, 1])).sum(1)
     kinds, which, counts = codes.unique(return_inverse=True, return_counts=True)
     sums = torch.zeros(len(kinds), 3).index_add_(0, which, flat)
-    kept = [torch.zeros(3)]
+    kept, areas = [torch.zeros(3)], [len(codes)]
     for i in counts.argsort(descending=True).tolist():
-        colour = sums[i] / counts[i]
-        if counts[i] >= SMALLEST * pixels[..., 0].numel() and all(float((colour - c).norm()) > SAME for c in kept):
+        colour, area = sums[i] / counts[i], int(counts[i])
+        is_new = area >= SMALLEST * pixels[..., 0].numel() and all(float((colour - c).norm()) > SAME for c in kept)
+        if is_new and not _is_mixture(colour, area, kept, areas):
             kept.append(colour)
+            areas.append(area)
     return torch.stack(kept)
+
+
+def _is_mixture(colour: Tensor, area: int, kept: Sequence[Tensor], areas: Sequence[int]) -> bool:
+    """Whether a colour lies between two others of far larger areas, as on a soft rim."""
+    for (a, area_a), (b, area_b) in combinations(zip(kept, areas, strict=True), 2):
+        along = ((colour - a) @ (b - a) / (b - a).square().sum()).clamp(0, 1)
+        if float((a + along * (b - a) - colour).norm()) < SAME / 2 and area < MIXED * min(area_a, area_b):
+            return True
+    return False

@@ -1,6 +1,6 @@
 """Write workflows/<name>.jpg for every template: left half source, right half edit.
 
-    python tools/build_thumbnails.py
+    python tools/build_thumbnails.py [--only WORDS]
 
 Runs the tiny templates on a live server; a thumbnail is the middle frame of the template's own `clip | edit` film. A
 template that needs a download gets the tiny result of STR-Match, grey, with the model's name on it.
@@ -8,6 +8,7 @@ template that needs a download gets the tiny result of STR-Match, grey, with the
 
 from __future__ import annotations
 
+import argparse
 import re
 from pathlib import Path
 
@@ -46,12 +47,16 @@ def labelled(picture: Image.Image, text: str) -> Image.Image:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="of tiny templates, those with these words in their name")
+    only = parser.parse_args().only
+    chosen = [template for template in templates() if only in template.stem and (is_tiny(template) or not only)]
     pictures = {}
     with LiveServer(host_path()) as server:
-        for template in filter(is_tiny, templates()):
+        for template in filter(is_tiny, chosen):
             pictures[template] = middle_frame(film_of(server, template))
-    stand_in = next(picture for template, picture in pictures.items() if template.stem == STAND_IN)
-    for template in templates():
+    stand_in = next((picture for template, picture in pictures.items() if template.stem == STAND_IN), None)
+    for template in chosen:
         name_of_model = re.search(r"\((.+)\)$", template.stem)[1]
         picture = pictures.get(template) or labelled(stand_in, name_of_model)
         path = template.with_suffix(".jpg")

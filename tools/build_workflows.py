@@ -126,6 +126,70 @@ def add(graph: Graph, name: str) -> None:
     save(graph, images, clip["fps"], result(graph, model, edit), name)
 
 
+def regions(graph: Graph, name: str) -> None:
+    """Two objects become two others, each by its mask, whatever order the prompt says."""
+    model, clip = load(graph, use.REGIONS_CLIP)
+    source = invert(graph, model, clip["images"], clip["source_prompt"], use.TINY_STEPS)
+    graph.group("Regions")
+    first, second = use.REGIONS_PHRASES
+    left = graph.add("STE_RegionPrompt", "The left object", mask=clip["mask_1"], phrase=first)
+    of_right = {"mask": clip["mask_2"], "phrase": second, "regions": left["regions"]}
+    chain = graph.add("STE_RegionPrompt", "The right object", **of_right)
+    graph.column()
+    seen = graph.add("STE_PreviewRegions", images=clip["images"], regions=chain["regions"])
+    edit_regions(graph, source, clip, chain, use.REGIONS_PROMPT, name, mask=seen["mask"])
+
+
+def layout_video(graph: Graph, name: str) -> None:
+    """An object and its background, by a video in which each has its colour."""
+    model, clip = load(graph, use.ONE_OBJECT)
+    source = invert(graph, model, clip["images"], clip["source_prompt"], use.TINY_STEPS)
+    graph.group("A layout video")
+    size = {"width": use.TINY_SIDE, "height": use.TINY_SIDE, "batch_size": use.TINY_FRAMES}
+    background, thing = (graph.add("EmptyImage", **size) for _ in use.LAYOUT_COLOURS)
+    for node, colour in zip((background, thing), use.LAYOUT_COLOURS, strict=True):
+        node.values["color"] = colour  # `color` of `add` is the node's own
+    layers = {"destination": background["IMAGE"], "source": thing["IMAGE"], "mask": clip["mask_1"]}
+    layout = graph.add("ImageCompositeMasked", title="Background and object", **layers)
+    graph.group("Regions")
+    made = graph.add("STE_RegionsFromMasks", phrases=use.LAYOUT_PHRASES, colours=layout["IMAGE"])
+    graph.column()
+    graph.add("STE_PreviewRegions", images=clip["images"], regions=made["regions"])
+    edit_regions(graph, source, clip, made, use.LAYOUT_PROMPT, name, matching=True)
+
+
+def edit_regions(
+    graph: Graph,
+    source: Source,
+    clip: Node,
+    made: Node,
+    prompt: str,
+    name: str,
+    *,
+    mask: Output | None = None,
+    matching: bool = False,
+) -> None:
+    """The edit by regions, and its files. mask: what is not kept; matching: by STR-Match too."""
+    model = source.model
+    graph.group("Edit")
+    text = {"clip": model["CLIP"], "prompt": prompt, "regions": made["regions"]}
+    positive = graph.add("STE_EncodeRegionalPrompt", "Prompt: the edit", "green", **text)
+    negative = graph.add("CLIPTextEncode", "Negative prompt", "red", text="", clip=model["CLIP"])
+    graph.column()
+    patch = {"model": model["MODEL"], "layout": positive["layout"], **use.TINY_LAYOUT}
+    patched = graph.add("STE_STLayoutAttentionPatch", **patch)
+    where = {} if mask is None else {"mask": mask}
+    if matching:
+        sampler = str_sampler(graph, source.trajectory, **use.TINY_MATCHING, **where)
+    else:
+        where |= {"trajectory": source.trajectory["trajectory"], "dilation": use.TINY_DILATION}
+        sampler = graph.add("STE_SampleFromTrajectory", **where)
+    source = source._replace(model={"MODEL": patched["model"]})
+    conds = {"CONDITIONING": positive["conditioning"]}, negative
+    edited = result(graph, model, sample(graph, source, conds, sampler["sampler"], use.TINY_CFG))
+    save(graph, clip["images"], clip["fps"], edited, name)
+
+
 def save_and_load(graph: Graph, name: str) -> None:
     """An edit whose inversion is saved, and the same edit from the file, muted until there is one."""
     model, clip = load(graph, use.ONE_OBJECT)
@@ -291,6 +355,8 @@ TEMPLATES: dict[str, tuple[str, Callable]] = {  # name: key of the notes and of 
     "Keep the background exactly - STR-Match with mask (tiny)": ("str_match_mask", partial(tiny, mask=FIRST)),
     "Mask from relevance - STR-Match (tiny)": ("relevance_mask", partial(tiny, mask=relevant)),
     "Several objects, one after another - STR-Match (tiny)": ("several", several),
+    "Two objects become two others - ST-Layout (tiny)": ("regions", regions),
+    "Object and background at once - ST-Layout with STR-Match (tiny)": ("layout_video", layout_video),
     "Delete an object - STR-Match (tiny)": ("delete", partial(tiny, **DELETE)),
     "Add an object - STR-Match (tiny)": ("add", add),
     "Compare lambdas - STR-Match (tiny)": ("compare_lambdas", compare_lambdas),

@@ -55,6 +55,23 @@ Press **Run**: the red circle on the right goes, the blue one stays. {NOTHING_NE
 The mask says what goes, the prompt says **what remains**. With **task** *delete* the inside of the mask begins from \
 new noise, by the seed of *RandomNoise*, and nothing in there is matched; with *change* the match holds the number of \
 objects, and a second blue circle may take the place of the red one.""",
+    "layout_video": f"""## Object and background at once
+Press **Run**: the red circle becomes a blue square, the gray background white. {NOTHING_NEEDED}
+
+1. *A layout video* has a flat colour for each region: here it is made from the clip's mask; it may as well come from \
+a segmentation model or a paint program.
+2. **Regions from Masks** makes a region of each colour, one a line of its phrases, the largest area first.
+3. **ST-Layout Attention Patch** keeps both phrases in their place, **STR Latent Optimizer** the motion: two methods \
+in one pass.""",
+    "regions": f"""## Two objects become two others
+Press **Run**: the left object becomes a blue triangle, the right one a yellow circle. {NOTHING_NEEDED}
+
+The prompt says it **the other way round**; the masks decide.
+
+1. **Region Prompt** ties words of the prompt to a mask, once for each object.
+2. **Encode Regional Prompt** finds these words in the prompt.
+3. **ST-Layout Attention Patch** draws them into their regions while the model samples. What lies in no region is kept \
+by the mask of *Preview Regions*.""",
     "add": f"""## Add an object
 Press **Run**: a green square joins the blue circle. {NOTHING_NEEDED}
 
@@ -119,6 +136,14 @@ stay more. (At 0 there is no match and no curve: that is the template *prompt sw
 - **task** *change*, **dilation** 8: a blue circle in place of the red one.
 - clip 07 with **mask_1** and the prompt *a yellow circle on a navy background*.
 - other clips of two objects (04 to 07): this tiny model often puts a copy of what remains in the place.""",
+    "layout_video": """### Try
+- Another prompt and the same words in **phrases**: *a green triangle on a pink background*.
+- *Preview Regions* shows which line got which region.""",
+    "regions": """### Try
+- **cross_strength** and **self_strength** 0: the prompt's own order wins.
+- Exchange the two phrases in the *Region Prompts*.
+- **cross_strength** 1, the method's own: enough for large models, too little for this small one.
+- Other words in both places: *a purple square*.""",
     "add": """### Try
 - another seed in *RandomNoise*: another square, now and then one that is missing in a frame.
 - **task** *change*: what does the match make of the square?

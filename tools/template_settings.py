@@ -2,6 +2,7 @@
 
 TINY_MODEL = "embedded tiny model"
 TINY_SIDE = 64  # pixels of an example clip
+TINY_FRAMES = 8
 TINY_STEPS = 20
 TINY_CFG = 4.0
 TINY_LAMBDA = 0.08
@@ -34,3 +35,12 @@ SEVERAL_PROMPTS = (  # after the first edit, after the second
     "a yellow square on the left and a green square on the right, gray background",
     "a yellow square on the left and a blue triangle on the right, gray background",
 )
+
+REGIONS_CLIP = SEVERAL_CLIP
+REGIONS_PROMPT = "a yellow circle on the left and a blue triangle on the right, gray background"
+REGIONS_PHRASES = ("a blue triangle", "a yellow circle")  # of the left and of the right object: not as the prompt says
+TINY_LAYOUT = {"cross_strength": 3.0, "self_strength": 1.0, "end_percent": 0.6}
+
+LAYOUT_COLOURS = (0xC04040, 0x4060C0)  # of the background and of the object
+LAYOUT_PROMPT = "a blue square on a white background"
+LAYOUT_PHRASES = "white background\na blue square"  # the largest area first

@@ -33,6 +33,16 @@ def test_soft_rims_are_no_regions():
     assert len(regions_of_colours(video, ["a", "b"])) == 2
 
 
+def test_wide_rims_between_two_colours_are_no_regions():
+    y, x = torch.meshgrid(torch.arange(64.0), torch.arange(64.0), indexing="ij")
+    inside = torch.sigmoid(1.2 * (14 - torch.hypot(x - 30, y - 32)))[None, ..., None]  # 5 px wide
+    video = torch.lerp(torch.tensor([0.75, 0.25, 0.25]), torch.tensor([0.25, 0.38, 0.75]), inside)
+    background, disc = regions_of_colours(video, ["a", "b"])
+    wanted = (inside[0, ..., 0] > 0.5).float()
+    assert (disc.mask[0] * wanted).sum() > 0.97 * torch.maximum(disc.mask[0], wanted).sum()
+    assert torch.equal(background.mask, 1 - disc.mask)
+
+
 def test_a_wrong_number_of_colours_names_those_found():
     with pytest.raises(ValueError, match="2 colours besides black .*#ff0000.* there are 3 lines"):
         regions_of_colours(layout(), ["a", "b", "c"])

@@ -1,0 +1,37 @@
+"""Regions in colour over a clip."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from ..core.regions import Region, in_latent_frames, partition, same_frames
+
+PALETTE = "tab10"
+
+
+def overlay(images: Tensor, regions: Sequence[Region], opacity: float) -> tuple[Tensor, Tensor, str]:
+    """images (F, H, W, 3) -> the same under the colours of the regions, their union (F, H, W), and a legend.
+
+    Raises ValueError where there are no regions, or their masks have another number of frames.
+    """
+    from matplotlib import colormaps
+
+    if not regions:
+        raise ValueError("regions: there are none; connect Region Prompt or Regions from Masks")
+    palette = torch.tensor(colormaps[PALETTE].colors)
+    shares = in_latent_frames(partition(same_frames(regions)), len(images))
+    shares = interpolate(shares, images.shape[1:3], mode="bilinear", antialias=True).clamp(0, 1)  # (K + 1, F, H, W)
+    colours = palette[torch.arange(len(regions)) % len(palette)]
+    union = 1 - shares[-1]
+    tinted = torch.einsum("kfhw,kc->fhwc", shares[:-1], colours)
+    weight = opacity * union[..., None]
+    shown = images[..., :3] * (1 - weight) + opacity * tinted
+    covered = shares.flatten(1).mean(1)
+    lines = [
+        f"{number} #{bytes((colour * 255).round().byte().tolist()).hex()}: "
+        f"{region.phrase or 'no words'} ({100 * float(share):.1f} % of the clip)"
+        for number, (region, colour, share) in enumerate(zip(regions, colours, covered, strict=False), start=1)
+    ]
+    return shown.clamp(0, 1), union, "\n".join(lines)
