@@ -114,6 +114,26 @@ def test_predictions_are_those_of_the_dense_form(tiny, mode):
     assert support.relative(plain, wanted) > 0.01  # it does something
 
 
+@pytest.fixture(scope="module")
+def sd15():
+    with torch.inference_mode():
+        return support.sd15_model()
+
+
+@pytest.mark.parametrize("negative_tokens", [7, 14], ids=["prompts of one length", "the host repeats the positive"])
+def test_sd15_takes_regions_frame_by_frame(sd15, negative_tokens):
+    layout = Layout("a prompt", regions(), ((1, 2), (4,)), 7)
+    sigma, positive = 8.0, support.sd15_conditioning()
+    arguments = positive, clip_latent(side=8), support.sd15_conditioning(1, negative_tokens), 3.0, sigma
+    ours = support.prediction(patch_regions(sd15, RegionModulation(layout, end=1.0)), *arguments)
+    reference = sd15.clone()
+    listener = dense_override(layout, percent_of(sd15, sigma), "paper")
+    reference.model_options = AttentionTap(reference, [listener]).install(reference.model_options)
+    wanted, plain = support.prediction(reference, *arguments), support.prediction(sd15, *arguments)
+    assert support.relative(ours, wanted) < 2e-3 * support.relative(plain, wanted)
+    assert support.relative(plain, wanted) > 1e-3
+
+
 # --- neutrality (decision D13) ------------------------------------------
 
 NEUTRAL = {
