@@ -21,7 +21,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot, pad, scaled_dot_product_attention
+from torch.nn.functional import one_hot, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 log = logging.getLogger("spacetime_edit")
@@ -39,7 +39,8 @@ HIDDEN = -1e4
 """An additive mask at or below this hides its key."""
 FAR = 3e4  # logit below the others of a hidden key: its weight is 0 in every dtype, and float16 holds it
 WIDTH_STEP = 8  # fused kernels want widths that are multiples of this
-TILE_ELEMENTS = 2**20  # of the scores that are looked through at once
+TILE_ELEMENTS = {"cpu": 2**19}  # of the scores that are looked through at once: about a cache
+LARGE_TILE = 2**26  # on other devices, where a call costs more than its memory
 SMALL = 256  # rows below which some of them alone may be computed by another code path, with other rounding
 
 
@@ -65,7 +66,7 @@ def modulated_attention(
     scale: float | None = None,
     blocks: Sequence[int] | None = None,
     attention: Attention | None = None,
-    tile: int = TILE_ELEMENTS,
+    tile: int | None = None,
 ) -> Tensor:
     """Attention whose scores are pulled together within regions and apart between them; (B, H, N, D of value).
 
@@ -75,11 +76,12 @@ def modulated_attention(
     the product R = sum u v, meant for a partition. mask: additive, (B or 1, 1, 1, M), of padding or of a bias on keys;
     one of rows and keys (B or 1, 1, N, M) takes the tiled form. blocks: lengths of consecutive blocks of keys, such as
     text and video; hi and lo are then taken within each key's own block. attention: the stock attention to use.
-    tile: elements of the largest temporary tensor of scores.
+    tile: elements of the largest temporary tensor of scores; None: by the device.
 
     Differentiable in query, key and value. Raises ValueError for shapes that do not fit.
     """
     attention = attention or scaled_dot_product_attention
+    tile = tile or TILE_ELEMENTS.get(query.device.type, LARGE_TILE)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     strength = _rows_of(strength, query)
     region_query, region_key = (t if t.ndim == 3 else t[None] for t in (region_query, region_key))
@@ -203,23 +205,33 @@ class _Scores:
     def extrema(self, keys: slice) -> tuple[Tensor, Tensor]:
         """Lowest and highest score of each row over a block of keys, each (B, H, N) in float32 or better.
 
-        Only the indices are searched; the two scores are formed again from them, so they carry gradients and the
-        precision of one inner product.
+        With a graph to build, or in half precision, only the indices are searched, and the two scores are formed again
+        from them: they carry gradients, and the precision of one inner product.
         """
-        lowest, highest = self._extremal_keys(keys)
-        return self._score_of(lowest), self._score_of(highest)
+        wide = self.query.dtype in (torch.float32, torch.float64)
+        recorded = torch.is_grad_enabled() and (self.query.requires_grad or self.key.requires_grad)
+        low, high = self._searched(keys, values=wide and not recorded)
+        return (low, high) if wide and not recorded else (self._score_of(low), self._score_of(high))
 
     @torch.no_grad()
-    def _extremal_keys(self, keys: slice) -> tuple[Tensor, Tensor]:
-        hidden, found = self.hidden(), []
-        for rows in self.row_tiles():
-            scores = self.tile_of(rows, keys)
-            low = high = scores
-            if hidden is not None:
-                here = hidden[:, :, :, keys]
-                low, high = scores.masked_fill(here, torch.inf), scores.masked_fill(here, -torch.inf)
-            found.append((low.argmin(-1), high.argmax(-1)))
-        return tuple(torch.cat(parts, -1) + (keys.start or 0) for parts in zip(*found, strict=True))
+    def _searched(self, keys: slice, values: bool) -> tuple[Tensor, Tensor]:
+        """Values, or indices among all keys, of each row's lowest and highest score in a block of keys."""
+        batch, heads, n, _ = self.query.shape
+        key, bias, hidden = self.key[:, :, keys].mT, self.bias(), self.hidden()
+        width = key.shape[-1]
+        together = max(1, self.tile // (n * width)) if n * width < self.tile else 1  # whole heads, if they are small
+        step = n if together > 1 else max(1, self.tile // width)
+        found = [self.query.new_empty(batch, heads, n, dtype=None if values else torch.long) for _ in range(2)]
+        for b in range(batch):
+            of_bias, of_hidden = (None if t is None else t[min(b, len(t) - 1), :, :, keys] for t in (bias, hidden))
+            for first in range(0, heads, together):
+                at = slice(first, first + together)
+                for start in range(0, n, step):
+                    rows = slice(start, start + step)
+                    scores = (self.query[b, at, rows] @ key[b, at]).mul_(self.scale)
+                    low, high = _extrema_of(scores, of_bias, of_hidden, values)
+                    found[0][b, at, rows], found[1][b, at, rows] = low, high
+        return tuple(found) if values else tuple(index + (keys.start or 0) for index in found)
 
     def _score_of(self, index: Tensor) -> Tensor:
         """The scores of one key a row, index (B, H, N)."""
@@ -230,6 +242,18 @@ class _Scores:
         if bias is None:
             return score
         return score + bias.to(wide).expand(*index.shape[:2], 1, -1)[:, :, 0].gather(2, index)
+
+
+def _extrema_of(scores: Tensor, bias: Tensor | None, hidden: Tensor | None, values: bool) -> tuple[Tensor, Tensor]:
+    """Values or indices of the lowest and highest of each row, hidden keys left out."""
+    if bias is not None:
+        scores = scores + bias
+    low = high = scores
+    if hidden is not None:
+        low, high = scores.masked_fill(hidden, torch.inf), scores.masked_fill(hidden, -torch.inf)
+    if not values:
+        return low.argmin(-1), high.argmax(-1)
+    return low.amin(-1), high.amax(-1)  # not aminmax, which is three times as slow on a CPU
 
 
 # --- exact, by extra channels of a stock attention ----------------------
@@ -288,16 +312,24 @@ def _augmented(
     if scores.mask is not None:
         far = (FAR / scale) ** 0.5
         pairs.append((torch.full_like(strength, far), scores.hidden().mT.to(wide) * -far))
-    queries, keys = [((1 - strength) * query.to(wide)).to(query.dtype)], [key]
-    for of_query, of_key in pairs:
-        of_key = of_key.to(key.dtype).expand(*key.shape[:3], -1)
-        for part in _rounded(of_query.expand(*query.shape[:3], -1), query.dtype):
-            queries.append(part)
-            keys.append(of_key)
-    query, key = torch.cat(queries, -1), torch.cat(keys, -1)
-    width = -(-query.shape[-1] // WIDTH_STEP) * WIDTH_STEP
-    padded = (pad(t, (0, width - t.shape[-1])) for t in (query, key, value))
-    return attention(*padded, scale=scale)[..., : value.shape[-1]]
+    channels = [
+        (part, of_key.to(key.dtype))
+        for of_query, of_key in pairs
+        for part in _rounded(of_query.expand(*query.shape[:3], -1), query.dtype)
+    ]
+    width = query.shape[-1] + sum(part.shape[-1] for part, _ in channels)
+    width = -(-width // WIDTH_STEP) * WIDTH_STEP
+    softened = ((1 - strength) * query.to(wide)).to(query.dtype)
+    query, key = (_widened(t, [pair[i] for pair in channels], width) for i, t in enumerate((softened, key)))
+    del softened, channels, pairs
+    return attention(query, key, _widened(value, [], width), scale=scale)[..., : value.shape[-1]]
+
+
+def _widened(tensor: Tensor, channels: Sequence[Tensor], width: int) -> Tensor:
+    """tensor (B, H, N, D) with these channels behind its own, and zeros up to `width`."""
+    rest = width - tensor.shape[-1] - sum(channel.shape[-1] for channel in channels)
+    zeros = tensor.new_zeros(1).expand(*tensor.shape[:3], rest)
+    return torch.cat([tensor, *(channel.expand(*tensor.shape[:3], -1) for channel in channels), zeros], -1)
 
 
 def _rounded(channel: Tensor, dtype: torch.dtype) -> list[Tensor]:
