@@ -1,4 +1,4 @@
-"""The example clips of the pack: 8 frames of 64 x 64 pixels with masks, captions and edits."""
+"""The eight example clips of the pack: 8 frames of 64 x 64 pixels with masks, captions and edits."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from PIL import Image
 
 CLIPS_PATH = Path(__file__).resolve().parents[2] / "assets" / "tiny_clips"
 FPS = 8.0
-MASKS = 3
 
 
 class ExampleClip(NamedTuple):
-    """images [F,64,64,3] and masks [F,64,64] in 0..1 (zero where there is no such object), prompts, fps."""
+    """images [F,64,64,3] and masks [F,64,64] in 0..1 (mask_2 is zero where there is one object), prompts,
+    fps.
+    """
 
     images: torch.Tensor
     mask_1: torch.Tensor
@@ -24,7 +25,6 @@ class ExampleClip(NamedTuple):
     source_prompt: str
     edit_prompt: str
     fps: float
-    mask_3: torch.Tensor
 
 
 def clip_names() -> list[str]:
@@ -46,9 +46,8 @@ def load_clip(name: str, edit: int = 1) -> ExampleClip:
     folder = CLIPS_PATH / entry["clip"]
     images = _read(folder, "frame_%02d.png", entry["frames"], "RGB")
     masks = [_read(folder, thing["mask"], entry["frames"], "L") for thing in entry["objects"]]
-    masks += [torch.zeros_like(masks[0])] * (MASKS - len(masks))
-    edited = entry["edits"][edit - 1]["caption"]
-    return ExampleClip(images, masks[0], masks[1], entry["caption"], edited, FPS, masks[2])
+    masks.append(torch.zeros_like(masks[0]))
+    return ExampleClip(images, masks[0], masks[1], entry["caption"], entry["edits"][edit - 1]["caption"], FPS)
 
 
 def _entries() -> list[dict]:
