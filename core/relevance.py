@@ -109,7 +109,7 @@ def matching_loss(
     term of the score by w_i(p) w_j(q); where it leaves nothing, the loss is 0 without a gradient. Gradients flow into
     the target only. Scores are formed in tiles of `rows` x `rows` tokens (None: of about 8 MB) and formed again in the
     backward pass: saved are query, key, their log-sum-exp and the temporal map; the peak is about ten
-    (F, H, rows, rows) tiles. Softmax in float32 (float64 for float64 input), sums in float64.
+    (F, H, rows, rows) tiles. Softmax and sums of a row in float32 (float64 for float64 input), of all rows in float64.
     """
     if source.query.shape[:3] != target.query.shape[:3]:
         raise ValueError(
@@ -389,10 +389,9 @@ def _mix(source: Tensor, target: Tensor, to_dot: Tensor, to_square: Tensor) -> T
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """Sum in float64 where the device has it; Apple's has not, there one block is summed in float32."""
-    if a.device.type == "mps":
-        return torch.sum(a * b).cpu().double()
-    return torch.sum(a * b, dtype=torch.float64)
+    """Sum over each row in the working precision, over the rows in float64 (on the CPU where the device has none)."""
+    rows = (a * b).sum(-1)
+    return (rows.cpu() if rows.device.type == "mps" else rows).sum(dtype=torch.float64)
 
 
 @dataclass(frozen=True)
