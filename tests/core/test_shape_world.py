@@ -122,6 +122,7 @@ def test_edit_changes_one_attribute(objects, kind):
                 "colour": before.colour != after.colour,
                 "shape": before.shape != after.shape,
                 "background": scene.background != edited.background,
+                "stripe": before.stripe != after.stripe,
             }
             assert [name for name, is_changed in changed.items() if is_changed] == [kind]
             assert before.centres == after.centres
