@@ -198,7 +198,7 @@ class _Scores:
 
     def tile_of(self, rows: slice, keys: slice = slice(None)) -> Tensor:
         """(B, H, rows, keys), hidden keys left as they are."""
-        scores = (self.query[:, :, rows] @ self.key[:, :, keys].mT) * self.scale
+        scores = self.query[:, :, rows] * self.scale @ self.key[:, :, keys].mT
         bias = self.bias()
         return scores if bias is None else scores + bias[:, :, rows if bias.shape[2] > 1 else slice(None), keys]
 
@@ -228,7 +228,7 @@ class _Scores:
                 at = slice(first, first + together)
                 for start in range(0, n, step):
                     rows = slice(start, start + step)
-                    scores = (self.query[b, at, rows] @ key[b, at]).mul_(self.scale)
+                    scores = self.query[b, at, rows] * self.scale @ key[b, at]  # in this order: float16 is narrow
                     low, high = _extrema_of(scores, of_bias, of_hidden, values)
                     found[0][b, at, rows], found[1][b, at, rows] = low, high
         return tuple(found) if values else tuple(index + (keys.start or 0) for index in found)

@@ -28,7 +28,7 @@ THIN = 0.5  # membership that the best token of a region has at least
 
 
 class PhraseError(ValueError):
-    """A phrase is not in its prompt, or more than once without a choice. The message names both."""
+    """A phrase is not in its prompt, or more than once without a choice; the caller knows the words."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,6 +6,7 @@ and learns from module hooks, which live only while the model runs, which layer 
 
 import contextlib
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 
@@ -111,11 +112,25 @@ class _Run:
     def network(self) -> Module:
         return self.base_model.diffusion_model
 
+    @property
+    def clip_frames(self) -> int:
+        """Frames of the whole clip, of which a context window shows some."""
+        window = self.options.get("context_window")
+        return len(self.frames) if window is None else window.total_frames
+
     @cached_property
     def percent(self) -> float:
         """Progress of denoising in [0, 1], as in Apply ControlNet."""
         sampling = self.base_model.model_sampling
         return 1 - noise_fraction(float(self.sigma.flatten()[0]), sampling.percent_to_sigma)
+
+
+_running: ContextVar[tuple[tuple["AttentionTap", _Run], ...]] = ContextVar("running_taps", default=())
+
+
+def running_taps() -> tuple[tuple["AttentionTap", _Run], ...]:
+    """The taps that follow the model run that is going on here, each with its account of it: also those of patches."""
+    return _running.get()
 
 
 class AttentionTap:
@@ -149,18 +164,14 @@ class AttentionTap:
         with self._following(_describe_run(executor.class_obj, x, t, options)):
             return executor(x, t, c_concat, c_crossattn, control, options, **kw)
 
-    @property
-    def run(self):
-        """The run that is going on, to be entered `again` later; None outside."""
-        return self._run
-
     @contextlib.contextmanager
-    def again(self, run, listeners: Sequence[Listener], block: str):
-        """Within, the module `block` of an ended `run` may be called again, and only `listeners` hear of it.
+    def again(self, run: _Run, block: str, listeners: Sequence[Listener] | None = None):
+        """Within, the module `block` of an ended `run` may be called again, and `listeners` hear of it; None: its own.
 
-        What recomputation in a backward pass needs: the hooks of the run are gone by then.
+        What recomputation in a backward pass needs, of every tap of the run: the hooks are gone by then.
         """
-        before, self._listeners = self._listeners, tuple(listeners)
+        before = self._listeners
+        self._listeners = before if listeners is None else tuple(listeners)
         try:
             with self._following(run, f"{block}."):
                 yield
@@ -171,7 +182,7 @@ class AttentionTap:
     def _following(self, run: "_Run", within: str = ""):
         """Keeps a stack of the attention modules that are running, of those whose path begins with `within`."""
         before = self._run, self._stack
-        handles = []
+        handles, token = [], _running.set((*_running.get(), (self, run)))
         try:
             for path, layer in self._layers.items():
                 if not path.startswith(within):
@@ -184,6 +195,7 @@ class AttentionTap:
             self._run, self._stack = run, []
             yield
         finally:
+            _running.reset(token)
             self._run, self._stack = before
             for handle in handles:
                 handle.remove()

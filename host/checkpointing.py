@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from .attention_tap import AttentionTap, EnoughSeen
+from .attention_tap import AttentionTap, EnoughSeen, running_taps
 from .families import Family
 from .features import FeatureRecorder
 
@@ -22,7 +22,8 @@ from .features import FeatureRecorder
 def checkpointed(network: torch.nn.Module, family: Family, tap: AttentionTap, recorder: FeatureRecorder):
     """Within, the blocks of `network` that the family's row names keep no activation for the backward pass.
 
-    tap: the one installed in the run; recorder: its listener. Restored on exit. A block whose forward another pack has
+    tap: the one installed in the run; recorder: its listener. Taps of patches modulate again what they modulated.
+    Restored on exit. A block whose forward another pack has
     replaced is left alone.
     """
     replaced = []
@@ -53,7 +54,7 @@ class _Block:
 
     def __init__(self, path, original, args, kwargs, mutates, tap, recorder):
         self._path, self._original, self._mutates = path, original, mutates
-        self._tap, self._run, self._recorder = tap, tap.run, recorder
+        self._tap, self._recorder, self._taps = tap, recorder, running_taps()
         values, self._structure = tree_flatten((args, kwargs), is_leaf=_is_options)
         self._live: list | None = values
         self._places = [i for i, v in enumerate(values) if isinstance(v, Tensor) and v.requires_grad]
@@ -89,7 +90,10 @@ class _Block:
         recorder, held = self._recorder, self._recorder.tensors
         recorder.tensors = {}
         try:
-            with self._tap.again(self._run, [recorder.replay(self._names)], self._path):
+            with contextlib.ExitStack() as within:
+                for tap, run in self._taps:
+                    listeners = [recorder.replay(self._names)] if tap is self._tap else None
+                    within.enter_context(tap.again(run, self._path, listeners))
                 outputs = self._outputs(inputs, self._kept)
             return *outputs, *(recorder.tensors[name] for name in self._names)
         finally:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from spacetime_edit.core.regions import Region
 from spacetime_edit.core.relevance import matching_loss
 from spacetime_edit.host import relevance_matching
 from spacetime_edit.host.attention_tap import AttentionTap
@@ -10,6 +11,8 @@ from spacetime_edit.host.families import attention_layers, family_of
 from spacetime_edit.host.features import FeatureRecorder
 from spacetime_edit.host.gradients import latent_gradient, predict
 from spacetime_edit.host.memory import small_tile
+from spacetime_edit.host.region_patch import RegionModulation, patch_regions
+from spacetime_edit.host.region_prompt import encode_regional_prompt
 from spacetime_edit.tests.host import support
 from spacetime_edit.tools.live_memory import PeakMemory
 
@@ -69,6 +72,24 @@ def test_the_gradient_is_the_one_without_where_blocks_mutate():
     with torch.inference_mode():
         model = support.sd15_model()
         error, _ = compare(model, support.sd15_conditioning(), clip(0), output=True)
+    assert error <= 1e-5
+
+
+@pytest.mark.parametrize("output", [False, True], ids=["ends after the last layer", "with the output"])
+def test_the_gradient_is_the_one_without_where_regions_modulate(tiny, output):
+    """The patch's own tap has to follow the blocks when they run again."""
+    with torch.inference_mode():
+        masks = torch.zeros(2, FRAMES, 64, 64)
+        masks[0, :, :, :32], masks[1, :, :, 32:] = 1, 1
+        prompt = "a red circle on the left and a green square on the right, gray background"
+        regions = [Region(phrase, m) for phrase, m in zip(("red circle", "green square"), masks, strict=True)]
+        positive, layout = encode_regional_prompt(tiny.clip, prompt, regions)
+        settings = {"cross_strength": 3.0, "self_strength": 3.0, "temporal_strength": 1.0, "end": 1.0}
+        patched = patch_regions(tiny.model, RegionModulation(layout, **settings))
+        error, _ = compare(patched, positive, clip(0), clip(1), output=output)
+        plain = gradient(tiny.model, positive, clip(0), clip(1), checkpoint=False, output=output)[1]
+        modulated = gradient(patched, positive, clip(0), clip(1), checkpoint=False, output=output)[1]
+    assert support.relative(modulated, plain) > 0.05  # or it would not matter
     assert error <= 1e-5
 
 
