@@ -122,19 +122,13 @@ class RegionModulation:
         """(frames of the run, N, K) on the call's grid: memberships, the last of them the rest in mode "paper"."""
         key = call.grid[1:], call.run.frames, call.query.device
         if key not in self._tables:
-            masks = same_frames(self.layout.regions)
-            whole = max(call.run.frames) + 1
-            frames = list(call.run.frames)
+            masks, grid = same_frames(self.layout.regions), (call.run.clip_frames, *call.grid[1:])
             if self.layout.mode == "paper":
-                table = membership(partition(masks), (self._clip_frames(masks, whole), *call.grid[1:]))
+                table = membership(partition(masks), grid)
             else:
-                table = membership(masks, (self._clip_frames(masks, whole), *call.grid[1:]), "nearest")
-            self._tables[key] = table[frames].to(call.query.device)
+                table = membership(masks, grid, "nearest")
+            self._tables[key] = table[list(call.run.frames)].to(call.query.device)
         return self._tables[key]
-
-    def _clip_frames(self, masks: Tensor, at_least: int) -> int:
-        """Frames of the whole clip: a context window may show fewer of them than there are masks."""
-        return max(at_least, masks.shape[1]) if masks.shape[1] > 1 else at_least
 
     def _text(self, call: AttentionCall) -> Tensor:
         """(M, K): which of the call's keys are words of a region; the host may repeat a prompt."""

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from comfy.context_windows import IndexListContextWindow
 from spacetime_edit.core.regions import EVERY, Region
 from spacetime_edit.host.attention_tap import AttentionTap
 from spacetime_edit.host.region_patch import RegionModulation, patch_regions
@@ -12,12 +13,6 @@ from torch.nn.functional import avg_pool2d
 
 PROMPT = "a red circle on the left and a green square on the right, gray background"
 FRAMES = 4
-
-
-@pytest.fixture(autouse=True)
-def inference(threads):
-    with torch.inference_mode():
-        yield
 
 
 def boxes():
@@ -202,6 +197,33 @@ def test_overrides_of_other_packs_are_called_as_often(tiny, layout):
         support.prediction(model, conditioning, clip_latent(), sigma=8.0)
         counts.append(len(seen))
     assert counts[0] == counts[1] > 0
+
+
+def test_masks_of_another_number_of_frames_are_refused(tiny, layout):
+    """Also more of them than the clip has: which of them were meant is not known."""
+    conditioning, layout = layout
+    patched = patch_regions(tiny.model, RegionModulation(layout, end=1.0))
+    for frames in (3, 6):
+        with pytest.raises(ValueError, match=f"their masks have {FRAMES} frames, the latent has {frames}"):
+            support.prediction(patched, conditioning, clip_latent(frames), sigma=8.0)
+
+
+def test_in_a_context_window_masks_follow_its_frames(tiny, layout):
+    """A window of frames 1 and 3 predicts what a clip of just these two, with just their masks, does."""
+    conditioning, layout = layout
+    shown = [1, 3]
+    latent = clip_latent(2)
+    windowed = patch_regions(tiny.model, RegionModulation(layout, end=1.0, temporal_strength=1.0))
+    inner = windowed.model_options["transformer_options"]
+    inner["context_window"] = IndexListContextWindow(shown, total_frames=FRAMES)
+    cut = [Region(r.phrase, r.mask[shown]) for r in layout.regions]
+    _, alone = encode_regional_prompt(tiny.clip, PROMPT, cut)
+    alone = patch_regions(tiny.model, RegionModulation(alone, end=1.0, temporal_strength=1.0))
+    ours, wanted, plain = (
+        support.prediction(model, conditioning, latent, sigma=8.0) for model in (windowed, alone, tiny.model)
+    )
+    # sizes are shares of the whole clip in a window, which differ a little
+    assert support.relative(ours, wanted) < 0.1 * support.relative(plain, wanted)
 
 
 # --- prompts ------------------------------------------------------------
