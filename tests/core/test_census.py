@@ -6,16 +6,7 @@ from itertools import combinations
 
 import numpy as np
 import pytest
-import torch
 from spacetime_edit.tools.shape_world import census, variety, world
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread(threads):
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def scenes(kind, n=12, **options):

@@ -14,15 +14,6 @@ from spacetime_edit.tools.shape_world.statistics import paired_bootstrap
 CLIPS = read_clips(Path(world.__file__).parents[2] / "assets" / "tiny_clips")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread(threads):
-    """On 64 x 64 pixels more threads only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def straight(colour, shape, start, end, radius=11.0):
     path = np.linspace(start, end, world.FRAMES)
     return world.Object(colour, shape, radius, tuple((float(x), float(y)) for x, y in path))

@@ -13,14 +13,6 @@ from transformers import CLIPTokenizer
 ASSETS = Path(world.__file__).parents[2] / "assets" / "tiny_t2v"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread(threads):
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 # --- words --------------------------------------------------------------
 
 

@@ -20,12 +20,6 @@ LEFT, RIGHT = "a blue triangle", "a yellow circle"  # the other way round
 STEPS = 12
 
 
-@pytest.fixture(autouse=True)
-def inference(threads):
-    with torch.inference_mode():
-        yield
-
-
 @pytest.fixture(scope="module")
 def clip():
     return load_clip(clip_names()[4])  # a red circle and a green square

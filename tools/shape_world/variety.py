@@ -18,7 +18,6 @@ from .world import (
     FRAMES,
     GRADIENT_SHARE,
     HELD_OUT,
-    JITTER,
     MAX_TRAVEL,
     SHAPES,
     SIZE,
@@ -29,6 +28,7 @@ from .world import (
     Pair,
     Scene,
     sample_crossing,
+    sample_jitter,
 )
 
 KINDS: dict[str, float] = {
@@ -90,7 +90,7 @@ def _scene(generator: np.random.Generator, pairs: Sequence[Pair], radii, paths: 
     textured = background not in DARK and generator.random() < TEXTURE_SHARE
     graded = not textured and generator.random() < GRADIENT_SHARE
     objects = tuple(
-        Object(pair.colour, pair.shape, radius, tuple(map(tuple, path.tolist())), _jitter(generator), pair.stripe)
+        Object(pair.colour, pair.shape, radius, tuple(map(tuple, path.tolist())), sample_jitter(generator), pair.stripe)
         for pair, radius, path in zip(pairs, radii, paths, strict=True)
     )
     return Scene(
@@ -98,16 +98,12 @@ def _scene(generator: np.random.Generator, pairs: Sequence[Pair], radii, paths: 
         objects,
         float(generator.uniform(0.1, 0.25)) if graded else 0.0,
         int(generator.integers(4)),
-        _jitter(generator),
+        sample_jitter(generator),
         places,
         str(generator.choice(TEXTURES[1:])) if textured else TEXTURES[0],
         float(generator.uniform(0.17, 0.24)),
         float(generator.choice([12.8, 16.0, 64 / 3])),
     )
-
-
-def _jitter(generator: np.random.Generator) -> tuple[float, float, float]:
-    return tuple(generator.uniform(-JITTER, JITTER, 3).tolist())
 
 
 # --- what ---------------------------------------------------------------

@@ -256,7 +256,8 @@ def _choose(generator: np.random.Generator, options: Iterable):
     return options[int(generator.integers(len(options)))]
 
 
-def _jitter(generator: np.random.Generator) -> RGB:
+def sample_jitter(generator: np.random.Generator) -> RGB:
+    """What is added to a colour."""
     return tuple(generator.uniform(-JITTER, JITTER, 3).tolist())
 
 
@@ -302,7 +303,13 @@ def sample_scene(
     for pair, box in zip(_sample_pairs(generator, objects, held_out), boxes, strict=True):
         radius = float(generator.uniform(*radii))
         members.append(
-            Object(pair.colour, pair.shape, radius, _sample_motion(generator, box, radius, frames), _jitter(generator))
+            Object(
+                pair.colour,
+                pair.shape,
+                radius,
+                _sample_motion(generator, box, radius, frames),
+                sample_jitter(generator),
+            )
         )
     return _on_background(generator, members)
 
@@ -310,7 +317,7 @@ def sample_scene(
 def _on_background(generator: np.random.Generator, members: Iterable[Object]) -> Scene:
     gradient = float(generator.uniform(0.1, 0.25)) if generator.random() < GRADIENT_SHARE else 0.0
     direction = int(generator.integers(4))
-    return Scene(_choose(generator, BACKGROUNDS), tuple(members), gradient, direction, _jitter(generator))
+    return Scene(_choose(generator, BACKGROUNDS), tuple(members), gradient, direction, sample_jitter(generator))
 
 
 def sample_crossing(generator: np.random.Generator, *, frames: int = FRAMES) -> Scene:
@@ -326,7 +333,7 @@ def sample_crossing(generator: np.random.Generator, *, frames: int = FRAMES) -> 
     lift = np.array([0, _choose(generator, (-0.5, 0.5)) * size])
     paths = (left, right), (right + lift, left + lift)
     members = [
-        Object(pair.colour, pair.shape, float(radius), _straight(*path, frames), _jitter(generator))
+        Object(pair.colour, pair.shape, float(radius), _straight(*path, frames), sample_jitter(generator))
         for pair, radius, path in zip(pairs, radii, paths, strict=True)
     ]
     return _on_background(generator, members)

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.functional import avg_pool2d, max_pool2d
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 from pack import load_pack
 
 load_pack(host=False)

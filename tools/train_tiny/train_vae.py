@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import max_pool2d
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 from pack import load_pack
 
 load_pack(host=False)

@@ -38,7 +38,7 @@ def _merges() -> list[tuple[str, str]]:
 def _merged(word: list[str], pair: tuple[str, str]) -> list[str]:
     result = []
     for piece in word:
-        if result and (result[-1], piece) == pair and len(result) > 0:
+        if result and (result[-1], piece) == pair:
             result[-1] += piece
         else:
             result.append(piece)
