@@ -7,25 +7,30 @@ and learns from module hooks, which live only while the model runs, which layer 
 import contextlib
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 
 from torch import Tensor
 from torch.nn import Module
 
+from ..core.inflation import Inflation
 from ..core.parametrization import noise_fraction
 from .families import Kind, Layer, attention_layers
 
 KEY = "spacetime_edit_tap"
+INFLATION = "spacetime_edit_inflation"
+"""Key of the `Inflation` in the transformer_options of a model whose spatial attention spans frames."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """What one batch row of a call belongs to: index and uuid of its prompt, and the frames it holds."""
+    """What one batch row of a call belongs to: index and uuid of its prompt, the frames of its queries and, but in
+    cross-attention, of its keys."""
 
     prompt: int
     uuid: object
     frames: tuple[int, ...]
+    key_frames: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,8 @@ class AttentionCall:
 
     attend: the attention that would have been computed, for other arguments (query, key, value, scale, attn_mask).
     grid: (F, h, w) of the layer's tokens. Spatial and cross attention: B = prompts * F, N = h w; temporal:
-    B = prompts * h w, N = F. Rows are prompt-major.
+    B = prompts * h w, N = F. Rows are prompt-major. Of an inflated model, spatial calls are those of the single frames;
+    what is computed is `over_frames`. inflation: what a spatial call has yet to be, or, if `inflated`, already is.
     """
 
     layer: Layer
@@ -46,6 +52,8 @@ class AttentionCall:
     run: "_Run" = field(repr=False)
     mask: Tensor | None = None
     attend: Callable[..., Tensor] | None = field(default=None, repr=False)
+    inflation: Inflation | None = None
+    inflated: bool = False
 
     @property
     def kind(self) -> Kind:
@@ -54,10 +62,29 @@ class AttentionCall:
     @cached_property
     def rows(self) -> tuple[Row, ...]:
         run, frames = self.run, self.run.frames
-        of_row = [tuple(frames)] * (self.grid[1] * self.grid[2])
-        if self.kind != "temporal":
-            of_row = [(f,) for f in frames]
-        return tuple(Row(p, u, f) for p, u in zip(run.prompts, run.uuids, strict=True) for f in of_row)
+        if self.kind == "temporal":
+            of_row = [(frames, frames)] * (self.grid[1] * self.grid[2])
+        elif self.kind == "cross":
+            of_row = [((f,), ()) for f in frames]
+        elif self.inflated:
+            places = self.inflation.frames_of_rows(len(frames))
+            of_row = [tuple(tuple(frames[i] for i in part) for part in parts) for parts in places]
+        else:
+            of_row = [((f,), (f,)) for f in frames]
+        return tuple(Row(p, u, *of) for p, u in zip(run.prompts, run.uuids, strict=True) for of in of_row)
+
+    def over_frames(self) -> "AttentionCall":
+        """The call as it is computed: itself, or of an inflated model with the tokens of several frames in a row."""
+        if self.inflation is None or self.inflated:
+            return self
+        query, key, value = self.inflation.inflate(self.query, self.key, self.value, self.grid[0])
+        return replace(self, query=query, key=key, value=value, inflated=True)
+
+    def by_frame(self, output: Tensor) -> Tensor:
+        """What attention gives for the queries of `over_frames`, in the shape of this call's own."""
+        if self.inflation is None or self.inflated:
+            return output
+        return self.inflation.deflate(output, self.grid[0])
 
     @property
     def percent(self) -> float:
@@ -207,11 +234,14 @@ class AttentionTap:
         if self._run is None or not self._stack:
             return proceed(*args, **kwargs)
         call = self._describe(args, kwargs, proceed)
-        for listener in self._listeners:
-            output = listener(call)
-            if output is not None:
-                return output if kwargs.get("skip_output_reshape") else output.transpose(1, 2).flatten(2)
-        return proceed(*args, **kwargs)
+        outputs = (listener(call) for listener in self._listeners)
+        output = next((o for o in outputs if o is not None), None)
+        if output is None and call.inflation is not None and not call.inflated:
+            wide = call.over_frames()
+            output = call.by_frame(wide.attend(wide.query, wide.key, wide.value, wide.scale))
+        if output is None:
+            return proceed(*args, **kwargs)
+        return output if kwargs.get("skip_output_reshape") else output.transpose(1, 2).flatten(2)
 
     def _describe(self, args: tuple, kwargs: dict, proceed: Callable) -> AttentionCall:
         query, key, value = args[:3]
@@ -220,9 +250,16 @@ class AttentionTap:
             query, key, value = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (query, key, value))
         scale = kwargs.get("scale") or query.shape[-1] ** -0.5
         layer = self._stack[-1]
-        grid, mask = _grid(layer.kind, query, self._run), args[4] if len(args) > 4 else kwargs.get("mask")
-        attend = partial(_attend, proceed, kwargs)
-        return AttentionCall(layer, query, key, value, scale, grid, self._run, mask, attend)
+        mask, attend = args[4] if len(args) > 4 else kwargs.get("mask"), partial(_attend, proceed, kwargs)
+        inflation, inflated = _inflation_of(layer.kind, query, key, self._run)
+        joined = len(self._run.frames) if inflated and inflation.keys == "all frames" else 1
+        grid = _grid(layer.kind, query.shape[0], query.shape[2] // joined, self._run)
+        call = AttentionCall(layer, query, key, value, scale, grid, self._run, mask, attend, inflation, inflated)
+        if inflation is None or not inflation.at(call.level):
+            return replace(call, inflation=None)
+        if mask is not None:
+            raise ValueError(f"model: {layer.path} masks its attention, which cannot be inflated to several frames")
+        return call
 
 
 def _describe_run(base_model, x: Tensor, sigma: Tensor, options: dict) -> _Run:
@@ -234,9 +271,19 @@ def _describe_run(base_model, x: Tensor, sigma: Tensor, options: dict) -> _Run:
     return _Run(base_model, sigma, tuple(x.shape[-2:]), prompts, uuids, tuple(indices), options)
 
 
-def _grid(kind: Kind, query: Tensor, run: _Run) -> tuple[int, int, int]:
+def _inflation_of(kind: Kind, query: Tensor, key: Tensor, run: _Run) -> tuple[Inflation | None, bool]:
+    """The inflation that the run asks of a call, and whether another tap has already done it."""
+    inflation = run.options.get(INFLATION)
+    if kind != "spatial" or inflation is None or inflation.keys == "per frame" or len(run.frames) == 1:
+        return None, False
+    if inflation.keys == "all frames":
+        return inflation, query.shape[0] == len(run.prompts)
+    return inflation, key.shape[2] != query.shape[2]
+
+
+def _grid(kind: Kind, rows: int, tokens: int, run: _Run) -> tuple[int, int, int]:
     """(F, h, w): the latent's size halved, rounding up, until it holds as many tokens as the call has."""
-    tokens = query.shape[0] // len(run.prompts) if kind == "temporal" else query.shape[2]
+    tokens = rows // len(run.prompts) if kind == "temporal" else tokens
     height, width = run.size
     while height * width > tokens:
         height, width = (height + 1) // 2, (width + 1) // 2

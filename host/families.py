@@ -25,7 +25,7 @@ class Family:
 
     base_model and diffusion_model are the class names of the host's model and of the network in it. mutates: blocks, or
     common patches of them such as FreeU, change activations in place. blocks: pattern of the modules that checkpointing
-    runs again.
+    runs again. norms: of the group norms of ResNet blocks and of the output, which see each frame by itself.
     """
 
     name: str
@@ -33,6 +33,7 @@ class Family:
     diffusion_model: str
     attention: tuple[tuple[Kind, str], ...]
     blocks: str
+    norms: str
     mutates: bool
     downsamplers: str
     frame_rule: tuple[int, int]
@@ -53,6 +54,7 @@ FAMILIES = (
             ("temporal", r"(transformer_in)\.transformer_blocks\.(\d+)\.attn[12]"),
         ),
         blocks=r"(?:down_blocks\.\d+|mid_block|up_blocks\.\d+)\.(?:resnets|(?:temp_)?(?:convs|attentions))\.\d+|transformer_in",
+        norms=r"(?:down_blocks\.\d+|mid_block|up_blocks\.\d+)\.resnets\.\d+\.norm[12]|conv_norm_out",
         mutates=False,
         downsamplers=r"down_blocks\.\d+\.downsamplers\.\d+",
         frame_rule=(1, 0),
@@ -66,6 +68,7 @@ FAMILIES = (
             ("cross", r"(input|middle|output)_blocks?\.(?:(\d+)\.)?(\d+)\.transformer_blocks\.(\d+)\.attn2"),
         ),
         blocks=r"(?:input|output)_blocks\.\d+\.\d+|middle_block\.\d+",
+        norms=r"(?:(?:input|output)_blocks\.\d+\.\d+|middle_block\.\d+)\.(?:in|out)_layers\.0|out\.0",
         mutates=True,
         downsamplers=r"input_blocks\.\d+\.0\.op",
         frame_rule=(1, 0),

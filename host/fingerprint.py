@@ -11,6 +11,7 @@ from comfy.quant_ops import QuantizedTensor
 from torch import Tensor
 
 from .families import noise_space
+from .inflation import inflation_of
 
 WEIGHT_SAMPLES = 16
 NOT_INFLATED = "none"
@@ -55,7 +56,7 @@ class Fingerprint:
             diffusion_model=type(model.model.diffusion_model).__name__,
             latent_format=type(model.model.latent_format).__name__,
             space=noise_space(model).name,
-            inflation=NOT_INFLATED,
+            inflation=str(inflation_of(model) or NOT_INFLATED),
             sigma_range=(float(sampling.sigma_min), float(sampling.sigma_max)),
             weights=weight_samples(model),
             prompt=sha256(tensor for tensor, _ in conditioning if tensor is not None),

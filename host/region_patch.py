@@ -7,6 +7,7 @@ what is in no mask shares a region with nothing.
 """
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -61,22 +62,24 @@ class RegionModulation:
             return None
         if call.options.get(SOURCE_RUN):
             return None  # the source clip is seen as it is
-        arguments = {"spatial": self._of_self, "cross": self._of_cross, "temporal": self._of_time}[call.kind](call)
+        wide = call.over_frames()
+        arguments = {"spatial": self._of_self, "cross": self._of_cross, "temporal": self._of_time}[call.kind](wide)
         if arguments is None:
             return None
         of_query, of_key, strength = arguments
-        return modulated_attention(
-            call.query,
-            call.key,
-            call.value,
+        output = modulated_attention(
+            wide.query,
+            wide.key,
+            wide.value,
             of_query,
             of_key,
             (factor * strength).clamp(max=0.999),
             overlap="product" if self.layout.mode == "paper" else "any",
-            mask=call.mask,
-            scale=call.scale,
-            attention=call.attend,
+            mask=wide.mask,
+            scale=wide.scale,
+            attention=wide.attend,
         )
+        return call.by_frame(output)
 
     def _at_level(self, call: AttentionCall) -> bool:
         if self.levels is not None:
@@ -86,23 +89,24 @@ class RegionModulation:
     # --- one kind of attention each -------------------------------------
 
     def _of_self(self, call: AttentionCall):
-        """Rows are frames: (B, N, K) for queries and keys."""
+        """Rows are frames, or of an inflated model several: (B, N, K) for queries, (B, M, K) for keys."""
         tokens = self._tokens(call)
         size = size_term(tokens, "clip", covered_twice=self.layout.mode == "released")
-        frames = self._frames_of_rows(call)
         rows = self._rows(call, {NEGATIVE} if self.layout.mode == "released" else None)
         if rows is None:
             return None
-        strength = modulation_strength(1 - call.percent, size[frames], "self") * rows[:, None]
-        return tokens[frames], tokens[frames], strength
+        of_queries = self._places([row.frames for row in call.rows], call)
+        of_keys = self._places([row.key_frames for row in call.rows], call)
+        strength = modulation_strength(1 - call.percent, size[of_queries].flatten(1), "self") * rows[:, None]
+        return tokens[of_queries].flatten(1, 2), tokens[of_keys].flatten(1, 2), strength
 
     def _of_cross(self, call: AttentionCall):
         """Queries are a frame's tokens, keys the text's, of the positive prompt."""
         rows = self._rows(call, {POSITIVE})
         if rows is None:
             return None
-        tokens, frames = self._tokens(call), self._frames_of_rows(call)
-        text = self._text(call)
+        tokens, text = self._tokens(call), self._text(call)
+        frames = self._places([row.frames for row in call.rows], call)[:, 0]
         size = size_term(tokens, "frame")
         strength = modulation_strength(1 - call.percent, size[frames], "cross") * rows[:, None]
         return tokens[frames][..., : text.shape[1]], text, strength
@@ -141,10 +145,10 @@ class RegionModulation:
         table = token_regions(self.layout.positions, length).repeat(keys // length, 1)
         return table.to(call.query.device)
 
-    def _frames_of_rows(self, call: AttentionCall) -> list[int]:
-        """For each batch row its frame, counted within the run."""
+    def _places(self, frames: Sequence[Sequence[int]], call: AttentionCall) -> Tensor:
+        """For each batch row its frames (B, f), counted within the run."""
         place = {frame: i for i, frame in enumerate(call.run.frames)}
-        return [place[row.frames[0]] for row in call.rows]
+        return torch.tensor([[place[frame] for frame in of_row] for of_row in frames], device=call.query.device)
 
     def _rows(self, call: AttentionCall, prompts: set[int] | None) -> Tensor | None:
         """(B,) 1 for rows of these prompts; None where there is none of them."""

@@ -32,6 +32,7 @@ from ..core.parametrization import (
 )
 from ..core.trajectory import Trajectory
 from .families import noise_space
+from .inflation import inflation_of
 from .latents import check_clip_latent, frame_count, mask_like
 
 log = logging.getLogger("spacetime_edit")
@@ -374,6 +375,12 @@ def _check_guider(guider, trajectory: Trajectory) -> None:
         raise ValueError(
             f"guider: its model is not the one that was inverted but {found}; connect the same loader to Invert Video "
             f"and to {name}"
+        )
+    if inflation_of(patcher) != inflation_of(trajectory.model):
+        own, inverted = (str(inflation_of(m) or "per frame") for m in (patcher, trajectory.model))
+        raise ValueError(
+            f"guider: its model attends to frames '{own}', the inverted one '{inverted}'; connect the same Inflate "
+            f"Attention to Video to Invert Video and to {name}"
         )
 
 
