@@ -12,13 +12,16 @@ async def comfy_entrypoint():
     from .nodes.encode_regional_prompt import EncodeRegionalPrompt
     from .nodes.example_clip import LoadExampleClip
     from .nodes.fit_clip import FitClipToModel
+    from .nodes.inflate_attention import InflateAttention
     from .nodes.invert_video import InvertVideo
     from .nodes.load_model import LoadVideoDiffusersModel
     from .nodes.load_trajectory import LoadTrajectory
     from .nodes.predict_cost import PredictCost
     from .nodes.preview_regions import PreviewRegions
     from .nodes.preview_relevance import PreviewRelevance
+    from .nodes.preview_token_attention import PreviewTokenAttention
     from .nodes.region_prompt import RegionPrompt
+    from .nodes.regions_from_attention import RegionsFromAttention
     from .nodes.regions_from_masks import RegionsFromMasks
     from .nodes.sample_trajectory import SampleFromTrajectory
     from .nodes.save_trajectory import SaveTrajectory
@@ -44,9 +47,12 @@ async def comfy_entrypoint():
                 STRCosineCurve,
                 RegionPrompt,
                 RegionsFromMasks,
+                RegionsFromAttention,
                 PreviewRegions,
                 EncodeRegionalPrompt,
+                InflateAttention,
                 STLayoutAttentionPatch,
+                PreviewTokenAttention,
             ]
 
     return SpacetimeEdit()

@@ -1,12 +1,12 @@
 """How phrases reach attention: where the words of a region stand in an encoded prompt (decision D8)."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import Tensor
 
-from ..core.regions import PhraseError, Region, phrase_positions
+from ..core.regions import EVERY, PhraseError, Region, phrase_positions
 
 Mode = Literal["paper", "released"]
 
@@ -16,7 +16,8 @@ class Layout:
     """Regions and where their phrases stand in one prompt.
 
     positions: for each region the places of its words among the prompt's `length` text tokens; empty for a region
-    without a phrase. mode: whose rules hold, see `region_patch`.
+    without a phrase. mode: whose rules hold, see `region_patch`. words: the prompt's tokens, None where there is no
+    word; tokenize: other words in the same way.
     """
 
     prompt: str
@@ -24,6 +25,23 @@ class Layout:
     positions: tuple[tuple[int, ...], ...]
     length: int
     mode: Mode = "paper"
+    words: tuple[object, ...] = field(default=(), repr=False)
+    tokenize: Callable[[str], list[object]] | None = field(default=None, repr=False)
+
+
+def positions_in(layout: Layout, phrase: str) -> list[int]:
+    """Where words stand in the layout's prompt, at every occurrence. ValueError where there is none."""
+    return _positions(layout.words, layout.prompt, phrase, layout.tokenize, EVERY)
+
+
+def _positions(words: Sequence, prompt: str, phrase: str, tokenize: Callable, occurrence: int) -> list[int]:
+    try:
+        return phrase_positions(words, tokenize(phrase), occurrence)
+    except PhraseError as error:
+        raise ValueError(
+            f"phrase {phrase!r} in the prompt {prompt!r}: {error}; write it into the prompt word for word, or "
+            f"choose its occurrence"
+        ) from error
 
 
 def encode_regional_prompt(clip, prompt: str, regions: Sequence[Region], mode: Mode = "paper", splice: bool = False):
@@ -33,18 +51,15 @@ def encode_regional_prompt(clip, prompt: str, regions: Sequence[Region], mode: M
     knows nothing of the others. Raises ValueError naming phrase and prompt where a phrase is not in the prompt, or
     more than once and no occurrence is chosen.
     """
-    tokens = clip.tokenize(prompt, return_word_ids=True)
-    words, positions = _words(tokens), []
-    for region in regions:
-        phrase = _words(clip.tokenize(region.phrase, return_word_ids=True)) if region.phrase.strip() else []
-        try:
-            places = phrase_positions(words, phrase, region.occurrence) if phrase else []
-        except PhraseError as error:
-            raise ValueError(
-                f"phrase {region.phrase!r} in the prompt {prompt!r}: {error}; write the phrase into the prompt just "
-                f"as it stands in the region, or choose its occurrence"
-            ) from error
-        positions.append(tuple(places))
+
+    def tokenize(text: str) -> list[object]:
+        return _words(clip.tokenize(text, return_word_ids=True))
+
+    words = tokenize(prompt)
+    positions = [
+        tuple(_positions(words, prompt, region.phrase, tokenize, region.occurrence)) if region.phrase.strip() else ()
+        for region in regions
+    ]
     conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(prompt))
     for embedding, _ in conditioning:
         if embedding.shape[1] != len(words):
@@ -54,7 +69,7 @@ def encode_regional_prompt(clip, prompt: str, regions: Sequence[Region], mode: M
             )
     if splice:
         conditioning = _spliced(clip, conditioning, regions, positions)
-    return conditioning, Layout(prompt, tuple(regions), tuple(positions), len(words), mode)
+    return conditioning, Layout(prompt, tuple(regions), tuple(positions), len(words), mode, tuple(words), tokenize)
 
 
 def _words(tokens: dict) -> list[object]:

@@ -1,4 +1,7 @@
-"""Relevance of a region of the source clip over all frames, from one run of the model on the inverted clip."""
+"""Relevance of a region of the source clip over all frames, from one run of the model on the inverted clip.
+
+`show_to` is that run, for every node that looks at the attention of a clip.
+"""
 
 from dataclasses import dataclass, field
 
@@ -30,22 +33,26 @@ def relevance_of(region: Tensor, frame: int, trajectory: Trajectory, *, percent:
     nearest to it is looked at. layers: blocks such as "u2-u3"; empty: those at the latent's own resolution, which
     place an object best. ValueError for layers that the model has not.
     """
-    recorder = RelevanceRecorder(region, frame, _blocks(layers, trajectory.model))
+    recorder = RelevanceRecorder(region, frame, chosen_blocks(layers, trajectory.model))
     show_to(recorder, trajectory, percent)
     return recorder.relevance
 
 
-def show_to(listener: Listener, trajectory: Trajectory, percent: float) -> None:
-    """Runs the model once on the inverted latent nearest to `percent`; `listener` gets every attention call."""
+def show_to(listener: Listener, trajectory: Trajectory, percent: float, *, model=None, positive=None) -> None:
+    """Runs the model once on the inverted latent nearest to `percent`; `listener` gets every attention call.
+
+    model, positive: another ModelPatcher than the inverted one, with its patches, and the prompt of an edit; None: the
+    source is seen as it was inverted.
+    """
     step = nearest_step(trajectory, percent)
-    guider = comfy.samplers.CFGGuider(trajectory.model)
-    guider.inner_set_conds({"positive": trajectory.conditioning})
+    guider = comfy.samplers.CFGGuider(model or trajectory.model)
+    guider.inner_set_conds({"positive": positive or trajectory.conditioning})
     empty = torch.zeros(trajectory.shape)
-    sampler = _OneLook(trajectory, step, listener)
+    sampler = _OneLook(trajectory, step, listener, of_source=positive is None)
     guider.sample(empty, empty, sampler, trajectory.sigmas[step:], disable_pbar=True, seed=0)
 
 
-def _blocks(layers: str, model) -> frozenset[str] | None:
+def chosen_blocks(layers: str, model) -> frozenset[str] | None:
     found = attention_layers(model).values()
     if "context_handler" in model.model_options:
         raise ValueError(
@@ -148,8 +155,8 @@ class RelevanceRecorder:
 class _OneLook(comfy.samplers.Sampler):
     """Shows the model the trajectory's latent of one step, to a listener; samples nothing."""
 
-    def __init__(self, trajectory: Trajectory, step: int, listener: Listener):
-        self._trajectory, self._step, self._listener = trajectory, step, listener
+    def __init__(self, trajectory: Trajectory, step: int, listener: Listener, of_source: bool):
+        self._trajectory, self._step, self._listener, self._of_source = trajectory, step, listener, of_source
 
     def sample(
         self,
@@ -163,9 +170,11 @@ class _OneLook(comfy.samplers.Sampler):
         disable_pbar=False,
     ):
         model_options = extra_args["model_options"]
-        model_options["transformer_options"][SOURCE_RUN] = True
+        if self._of_source:
+            model_options["transformer_options"][SOURCE_RUN] = True
         tapped = AttentionTap(self._trajectory.model, [self._listener]).install(model_options)
-        cond = leading_cond(model_wrap.conds["positive"], sigmas[0], "positive of Invert Video")
+        whose = "positive of Invert Video" if self._of_source else "positive"
+        cond = leading_cond(model_wrap.conds["positive"], sigmas[0], whose)
         latent = self._trajectory.latents[self._step].to(noise)
         predict(model_wrap.inner_model, latent, sigmas[0] * latent.new_ones(latent.shape[0]), cond, tapped)
         return noise

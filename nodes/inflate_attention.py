@@ -36,8 +36,8 @@ class InflateAttention(io.ComfyNode):
                     options=["all frames", "first + previous", "per frame"],
                     default="all frames",
                     tooltip="What each frame attends to. all frames: steadiest, and slowest: time grows with the "
-                    "square of the number of frames. first + previous: cheap, drifts on long clips. per frame: the model as "
-                    "it is.",
+                    "square of the number of frames. first + previous: cheap, drifts on long clips. per frame: "
+                    "the model as it is.",
                 ),
                 io.String.Input(
                     "levels",

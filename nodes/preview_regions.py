@@ -21,7 +21,9 @@ class PreviewRegions(io.ComfyNode):
             is_output_node=True,
             inputs=[
                 io.Image.Input("images", tooltip="The source clip."),
-                REGIONS_TYPE.Input("regions", tooltip="From Region Prompt or Regions from Masks."),
+                REGIONS_TYPE.Input(
+                    "regions", tooltip="From Region Prompt, Regions from Masks or Regions from Attention."
+                ),
                 io.Float.Input(
                     "opacity",
                     default=0.6,
@@ -39,6 +41,7 @@ class PreviewRegions(io.ComfyNode):
                     "what lies in no region stays as it is.",
                 ),
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod

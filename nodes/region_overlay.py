@@ -2,7 +2,10 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from PIL import Image, ImageDraw, ImageFont
+from scipy import ndimage
 from torch import Tensor
 from torch.nn.functional import interpolate
 
@@ -35,3 +38,21 @@ def overlay(images: Tensor, regions: Sequence[Region], opacity: float) -> tuple[
         for number, (region, colour, share) in enumerate(zip(regions, colours, covered, strict=False), start=1)
     ]
     return shown.clamp(0, 1), union, "\n".join(lines)
+
+
+def numbered(images: Tensor, regions: Sequence[Region]) -> Tensor:
+    """images (F, H, W, 3) with the number of each region, from 1, at its innermost place in every frame."""
+    height = max(8, round(images.shape[1] / 12))
+    font = ImageFont.load_default(height)
+    drawn = []
+    for frame, image in enumerate(images):
+        picture = Image.fromarray((image.clamp(0, 1) * 255).round().byte().cpu().numpy())
+        pen = ImageDraw.Draw(picture)
+        for number, region in enumerate(regions, start=1):
+            inside = np.pad(region.mask[frame].numpy() > 0.5, 1)
+            if inside.any():
+                y, x = np.unravel_index(ndimage.distance_transform_edt(inside)[1:-1, 1:-1].argmax(), image.shape[:2])
+                outline = dict(fill="white", stroke_width=max(1, height // 8), stroke_fill="black")
+                pen.text((int(x), int(y)), str(number), font=font, anchor="mm", **outline)
+        drawn.append(torch.from_numpy(np.array(picture)).float() / 255)
+    return torch.stack(drawn)

@@ -3,12 +3,16 @@
 import nodes
 import pytest
 import torch
+from spacetime_edit.host.inflation import inflation_of
 from spacetime_edit.host.loaders.example_clips import clip_names, load_clip
 from spacetime_edit.host.region_prompt import Layout
 from spacetime_edit.nodes.encode_regional_prompt import EncodeRegionalPrompt
+from spacetime_edit.nodes.inflate_attention import InflateAttention
 from spacetime_edit.nodes.invert_video import InvertVideo
 from spacetime_edit.nodes.preview_regions import PreviewRegions
+from spacetime_edit.nodes.preview_token_attention import PreviewTokenAttention
 from spacetime_edit.nodes.region_prompt import RegionPrompt
+from spacetime_edit.nodes.regions_from_attention import RegionsFromAttention
 from spacetime_edit.nodes.regions_from_masks import RegionsFromMasks
 from spacetime_edit.nodes.sample_trajectory import SampleFromTrajectory
 from spacetime_edit.nodes.st_layout_patch import STLayoutAttentionPatch
@@ -148,6 +152,66 @@ def test_preview_shows_each_region_and_puts_out_their_union(clip):
     assert (left.mean(0) - right.mean(0)).abs().max() > 0.2
     with pytest.raises(ValueError, match="there are none"):
         PreviewRegions.execute(clip.images, (), 0.5)
+
+
+# --- regions and words in the model's own attention ---------------------
+
+
+def found(clip, inverted, phrases="", kinds=3):
+    return RegionsFromAttention.execute(inverted[1][0], clip.images, kinds, phrases, True, 0).result
+
+
+def number_of(clip, regions, mask):
+    """The number, from 1, of the region that covers most of `mask`."""
+    return 1 + max(range(len(regions)), key=lambda k: float((regions[k].mask * mask).sum()))
+
+
+def test_regions_of_attention_are_named_by_lines(clip, inverted):
+    every, union, shown = found(clip, inverted)
+    assert shown.shape == clip.images.shape and all(r.phrase == "" for r in every)
+    assert torch.stack([r.mask for r in every]).sum(0).eq(1).all()
+    torch.testing.assert_close(union, 1 - every[0].mask)
+    left, right = (number_of(clip, every, mask) for mask in (clip.mask_1, clip.mask_2))
+    assert 1 not in (left, right) and left != right
+    lines = [""] * len(every)
+    lines[left - 1], lines[right - 1] = LEFT, RIGHT
+    named, union, _ = found(clip, inverted, "\n".join(lines))
+    assert {r.phrase for r in named} == {LEFT, RIGHT} and len(named) == 2
+    assert torch.equal(union, named[0].mask + named[1].mask)
+    with pytest.raises(ValueError, match=f"there are 9 lines for {len(every)} regions"):
+        found(clip, inverted, "\n".join("abcdefghi"))
+
+
+def test_masks_of_attention_edit_as_masks_do(tiny, clip, inverted):
+    every = found(clip, inverted)[0]
+    lines = [""] * len(every)
+    for mask, phrase in ((clip.mask_1, LEFT), (clip.mask_2, RIGHT)):
+        lines[number_of(clip, every, mask) - 1] = phrase
+    named = found(clip, inverted, "\n".join(lines))[0]
+    conditioning, layout = EncodeRegionalPrompt.execute(tiny.clip, PROMPT, "paper", regions=named).result
+    frames = edit(tiny, clip, inverted, patched(tiny.model, layout), conditioning)
+    assert [pair.colour for pair in instruments.identify(frames, 2)] == ["blue", "yellow"]
+
+
+def test_token_attention_is_shown_before_and_after(tiny, clip, inverted):
+    conditioning, layout = encoded(tiny, clip)
+    arguments = inverted[1][0], clip.images, conditioning, layout, RIGHT, 0.1
+    alone, _ = PreviewTokenAttention.execute(*arguments).result
+    both, attention = PreviewTokenAttention.execute(*arguments, model=patched(tiny.model, layout)).result
+    assert alone.shape == clip.images.shape and both.shape[2] == 2 * alone.shape[2]
+    assert float(attention.max()) == 1 and attention.shape == clip.mask_1.shape
+    assert attention[clip.mask_2 > 0.5].mean() > 2 * attention[clip.mask_1 > 0.5].mean()
+    with pytest.raises(ValueError, match="phrase 'a green dog' in the prompt"):
+        PreviewTokenAttention.execute(*arguments[:4], "a green dog", 0.1)
+    with pytest.raises(ValueError, match="images: they are 3, the trajectory has 8 frames"):
+        PreviewTokenAttention.execute(arguments[0], clip.images[:3], *arguments[2:])
+
+
+def test_inflation_by_its_node(tiny):
+    (inflated,) = InflateAttention.execute(tiny.model, "first + previous", "2, 4", True).result
+    assert str(inflation_of(inflated)) == "first + previous at levels 2,4, norms over the clip"
+    assert inflation_of(InflateAttention.execute(tiny.model, "per frame").result[0]) is None
+    assert "is no list of numbers" in InflateAttention.validate_inputs("2;4")
 
 
 def test_masks_of_other_frames_are_refused_by_name(tiny, clip):

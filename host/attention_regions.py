@@ -1,0 +1,84 @@
+"""Regions of the source clip from the model's own attention to it, without masks from outside."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import comfy.model_management
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from ..core.clustering import MAX_TOKENS, attention_profiles, cluster_layout, on_grid
+from ..core.trajectory import Trajectory
+from .attention_tap import AttentionCall
+from .relevance_preview import chosen_blocks, nearest_step, show_to
+
+PERCENTS = (0.1, 0.3, 0.5, 0.7, 0.9)
+"""Where in the denoising the source is looked at: not at its ends, where there is nothing yet to see, or left to do."""
+
+
+def regions_from_attention(
+    trajectory: Trajectory,
+    clusters: int,
+    size: tuple[int, int],
+    *,
+    seed: int,
+    instances: bool = True,
+    layers: str = "",
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Tensor]:
+    """Masks (F, H, W) of 0 and 1 at `size`, which cover the clip without overlap, the largest first.
+
+    clusters: kinds of things to tell apart; instances: things of one kind that do not touch are regions of their own.
+    layers: blocks such as "u2-u3"; empty: those of the finest grid with at most 1024 tokens a frame. Holds a table of
+    all tokens by at most 4096 places of the clip. ValueError for layers that the model has not.
+    """
+    recorder = ProfileRecorder(tuple(trajectory.shape[-2:]), chosen_blocks(layers, trajectory.model))
+    steps = {nearest_step(trajectory, percent): percent for percent in PERCENTS}
+    for done, percent in enumerate(steps.values()):
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        show_to(recorder, trajectory, percent)
+        progress(done + 1, len(steps))
+    generator = torch.Generator().manual_seed(seed)
+    masks = cluster_layout(recorder.profiles, recorder.grid, clusters, generator, instances=instances)
+    large = interpolate(torch.stack(masks), size, mode="bilinear")  # (K, F, H, W)
+    owner = large.argmax(0)
+    return [(owner == k).float() for k in range(len(masks))]
+
+
+@dataclass
+class ProfileRecorder:
+    """A listener that sums up how tokens attend over the clip; it keeps no query and no key.
+
+    size: of the latent. blocks: names of those to look at; None: those on `grid`.
+    """
+
+    size: tuple[int, int]
+    blocks: frozenset[str] | None
+    layers: int = 0
+    total: Tensor | float = 0.0
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """The latent's, halved, rounding up, until a frame has at most 1024 tokens."""
+        height, width = self.size
+        while height * width > MAX_TOKENS:
+            height, width = (height + 1) // 2, (width + 1) // 2
+        return height, width
+
+    @property
+    def profiles(self) -> Tensor:
+        """(F, N, L), the mean over layers and noise levels. ValueError if no layer was seen."""
+        if not self.layers:
+            raise ValueError(
+                f"layers: no attention runs on a grid of {self.grid[1]} x {self.grid[0]}; name blocks, such as u0-u1"
+            )
+        return self.total / self.layers
+
+    def __call__(self, call: AttentionCall) -> None:
+        own = call.grid[1:]
+        wanted = own == self.grid if self.blocks is None else call.layer.block in self.blocks
+        if call.kind == "spatial" and wanted:
+            query, key = (on_grid(t, own, self.grid) for t in (call.query, call.key))
+            self.total = self.total + attention_profiles(query, key, self.grid, call.scale).cpu()
+            self.layers += 1

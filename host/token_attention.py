@@ -1,0 +1,98 @@
+"""How strongly the pixels of a clip attend to words of a prompt (VideoGrain, arXiv 2502.17258, figure 7)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from ..core.trajectory import Trajectory
+from .attention_tap import AttentionCall
+from .families import attention_layers, select_blocks
+from .region_prompt import Layout, positions_in
+from .relevance_preview import show_to
+
+COARSEST = 2
+"""Levels up to which layers are looked at where none are chosen: coarser ones place nothing."""
+
+
+def token_attention(
+    trajectory: Trajectory,
+    positive: list,
+    layout: Layout,
+    words: str,
+    size: tuple[int, int],
+    *,
+    percent: float,
+    model=None,
+    layers: str = "",
+) -> Tensor:
+    """Share of each pixel's cross-attention that words of the layout's prompt get: (F, H, W) in [0, 1].
+
+    The model sees the inverted latent nearest to `percent` with the prompt `positive` of the edit; `model`: with its
+    patches, else as it was inverted. Mean over heads and over the layers chosen, blocks such as "u2-u3"; empty: the two
+    finest resolutions. ValueError for words that are not in the prompt, layers that the model has not, and models
+    without cross-attention.
+    """
+    blocks = {at.block for at in attention_layers(trajectory.model).values() if at.kind == "cross"}
+    if not blocks:
+        raise ValueError("trajectory: its model has no cross-attention, so no word has a place of its own in it")
+    chosen = select_blocks(layers, blocks) if layers.strip() else None
+    places = positions_in(layout, words)
+    recorder = WordRecorder(tuple(places), layout.length, size, chosen)
+    show_to(recorder, trajectory, percent, model=model, positive=positive)
+    return recorder.attention
+
+
+@dataclass
+class WordRecorder:
+    """A listener that sums up the attention to some text tokens, as the model computes it, patches included.
+
+    places: among the prompt's `length` tokens; size: (H, W) of the result; blocks: names of those to look at.
+    """
+
+    places: tuple[int, ...]
+    length: int
+    size: tuple[int, int]
+    blocks: frozenset[str] | None
+    layers: int = 0
+    total: Tensor | float = 0.0
+
+    @property
+    def attention(self) -> Tensor:
+        """(F, H, W). ValueError if no layer was seen."""
+        if not self.layers:
+            raise ValueError(
+                "layers: none of them has cross-attention at a fine resolution; name blocks, such as d1,u1"
+            )
+        return self.total / self.layers
+
+    def __call__(self, call: AttentionCall) -> None:
+        wanted = call.level <= COARSEST if self.blocks is None else call.layer.block in self.blocks
+        if call.kind != "cross" or not wanted:
+            return
+        keys = call.key.shape[2]
+        if keys % self.length:
+            raise ValueError(
+                f"layout: it was made for {self.length} text tokens, the model gets {keys}; connect the CONDITIONING "
+                f"of the same Encode Regional Prompt as positive"
+            )
+        share = torch.zeros_like(call.value)  # attention to what says 1 at the words and 0 elsewhere is their weight
+        share[:, :, [place + turn for turn in range(0, keys, self.length) for place in self.places], 0] = 1
+        masked = {} if call.mask is None else {"attn_mask": call.mask}
+        weight = call.attend(call.query, call.key, share, scale=call.scale, **masked)[..., 0].mean(1)  # (F, N)
+        frames, height, width = call.grid
+        maps = weight.float().cpu().view(frames, 1, height, width)
+        self.total = self.total + interpolate(maps, self.size, mode="bilinear")[:, 0]
+        self.layers += 1
+
+
+def share_inside(attention: Tensor, layout: Layout, words: str) -> float | None:
+    """Share of the attention (F, H, W) to words that lies in the regions whose phrase holds them; None: no such."""
+    places = set(positions_in(layout, words))
+    masks = [r.mask for r, own in zip(layout.regions, layout.positions, strict=True) if places & set(own)]
+    if not masks:
+        return None
+    sized = [interpolate(m.float().reshape(1, -1, *m.shape[-2:]), attention.shape[1:])[0] for m in masks]
+    inside = torch.stack([m.expand_as(attention) for m in sized]).amax(0)
+    return float((attention * inside).sum() / attention.sum().clamp_min(torch.finfo(torch.float32).tiny))
