@@ -128,16 +128,67 @@ def add(graph: Graph, name: str) -> None:
 
 def regions(graph: Graph, name: str) -> None:
     """Two objects become two others, each by its mask, whatever order the prompt says."""
+    source, clip, chain, seen = two_regions(graph, use.REGIONS_PHRASES)
+    positive, patched = edit_regions(graph, source, clip, chain, use.REGIONS_PROMPT, name, mask=seen["mask"])
+    graph.group("Where its words act")
+    look = {"trajectory": source.trajectory["trajectory"], "images": clip["images"], "model": patched["model"]}
+    look |= {"positive": positive["conditioning"], "layout": positive["layout"], "words": use.REGIONS_PHRASES[0]}
+    graph.add("STE_PreviewTokenAttention", **look)
+
+
+def identities(graph: Graph, name: str) -> None:
+    """Two objects take each other's place: the prompt is the clip's own, only the masks are exchanged."""
+    source, clip, chain, seen = two_regions(graph, use.IDENTITY_PHRASES)
+    edit_regions(graph, source, clip, chain, clip["source_prompt"], name, mask=seen["mask"])
+
+
+def one_class(graph: Graph, name: str) -> None:
+    """All objects of a clip become one thing, by one mask and one phrase."""
+    model, clip = load(graph, use.REGIONS_CLIP)
+    source = invert(graph, model, clip["images"], clip["source_prompt"], use.TINY_STEPS)
+    graph.group("Region")
+    both = {"destination": clip["mask_1"], "source": clip["mask_2"], "x": 0, "y": 0, "operation": "add"}
+    mask = graph.add("MaskComposite", "Both objects", **both)
+    of_both = {"mask": mask["MASK"], "phrase": use.CLASS_PHRASE, "occurrence": "every"}
+    made = graph.add("STE_RegionPrompt", "All of them", **of_both)
+    graph.column()
+    seen = graph.add("STE_PreviewRegions", images=clip["images"], regions=made["regions"])
+    edit_regions(graph, source, clip, made, use.CLASS_PROMPT, name, mask=seen["mask"])
+
+
+def background(graph: Graph, name: str) -> None:
+    """Only the background changes: its region is all that the object is not."""
+    model, clip = load(graph, use.ONE_OBJECT)
+    source = invert(graph, model, clip["images"], clip["source_prompt"], use.TINY_STEPS)
+    graph.group("Region")
+    around = graph.add("InvertMask", "Around the object", mask=clip["mask_1"])
+    made = graph.add("STE_RegionPrompt", "The background", mask=around["MASK"], phrase=use.BACKGROUND_PHRASE)
+    graph.column()
+    seen = graph.add("STE_PreviewRegions", images=clip["images"], regions=made["regions"])
+    edit_regions(graph, source, clip, made, use.BACKGROUND_PROMPT, name, mask=seen["mask"], dilation=0.0, matching=True)
+
+
+def from_attention(graph: Graph, name: str) -> None:
+    """Two objects become two others, by regions that the model itself finds."""
     model, clip = load(graph, use.REGIONS_CLIP)
     source = invert(graph, model, clip["images"], clip["source_prompt"], use.TINY_STEPS)
     graph.group("Regions")
-    first, second = use.REGIONS_PHRASES
+    look = {"trajectory": source.trajectory["trajectory"], "images": clip["images"]}
+    made = graph.add("STE_RegionsFromAttention", phrases=use.FOUND_PHRASES, **look)
+    edit_regions(graph, source, clip, made, use.REGIONS_PROMPT, name, mask=made["mask"])
+
+
+def two_regions(graph: Graph, phrases: tuple[str, str]) -> tuple[Source, Node, Node, Node]:
+    """An inverted clip of two objects, the clip, a region for each object, and the node that shows them."""
+    model, clip = load(graph, use.REGIONS_CLIP)
+    source = invert(graph, model, clip["images"], clip["source_prompt"], use.TINY_STEPS)
+    graph.group("Regions")
+    first, second = phrases
     left = graph.add("STE_RegionPrompt", "The left object", mask=clip["mask_1"], phrase=first)
     of_right = {"mask": clip["mask_2"], "phrase": second, "regions": left["regions"]}
     chain = graph.add("STE_RegionPrompt", "The right object", **of_right)
     graph.column()
-    seen = graph.add("STE_PreviewRegions", images=clip["images"], regions=chain["regions"])
-    edit_regions(graph, source, clip, chain, use.REGIONS_PROMPT, name, mask=seen["mask"])
+    return source, clip, chain, graph.add("STE_PreviewRegions", images=clip["images"], regions=chain["regions"])
 
 
 def layout_video(graph: Graph, name: str) -> None:
@@ -163,13 +214,14 @@ def edit_regions(
     source: Source,
     clip: Node,
     made: Node,
-    prompt: str,
+    prompt: str | Output,
     name: str,
     *,
     mask: Output | None = None,
+    dilation: float = use.TINY_DILATION,
     matching: bool = False,
-) -> None:
-    """The edit by regions, and its files. mask: what is not kept; matching: by STR-Match too."""
+) -> tuple[Node, Node]:
+    """The edit by regions, and its files; its prompt and its model. mask: what is not kept; matching: by STR-Match."""
     model = source.model
     graph.group("Edit")
     text = {"clip": model["CLIP"], "prompt": prompt, "regions": made["regions"]}
@@ -180,14 +232,16 @@ def edit_regions(
     patched = graph.add("STE_STLayoutAttentionPatch", **patch)
     where = {} if mask is None else {"mask": mask}
     if matching:
-        sampler = str_sampler(graph, source.trajectory, **use.TINY_MATCHING, **where)
+        options = use.TINY_MATCHING | {"dilation": dilation}
+        sampler = str_sampler(graph, source.trajectory, **options, **where)
     else:
-        where |= {"trajectory": source.trajectory["trajectory"], "dilation": use.TINY_DILATION}
+        where |= {"trajectory": source.trajectory["trajectory"], "dilation": dilation}
         sampler = graph.add("STE_SampleFromTrajectory", **where)
     source = source._replace(model={"MODEL": patched["model"]})
     conds = {"CONDITIONING": positive["conditioning"]}, negative
     edited = result(graph, model, sample(graph, source, conds, sampler["sampler"], use.TINY_CFG))
     save(graph, clip["images"], clip["fps"], edited, name)
+    return positive, patched
 
 
 def save_and_load(graph: Graph, name: str) -> None:
@@ -249,6 +303,69 @@ def zeroscope(graph: Graph) -> None:
     film = graph.add("CreateVideo", images=pair["IMAGE"], fps=parts["fps"])
     prefix = "spacetime_edit/zeroscope_compared"
     graph.add("SaveVideo", title="Film: clip | edit", video=film["VIDEO"], filename_prefix=prefix)
+
+
+def sd15(graph: Graph, name: str, *, tracked: bool) -> None:
+    """ST-Layout on SD 1.5 with a depth ControlNet. tracked: masks by SAM3, else by the model's own attention."""
+    graph.group("Load")
+    checkpoint = graph.add("CheckpointLoaderSimple", "SD 1.5, or a finetune of it", ckpt_name=use.SD15)
+    checkpoint.models = [{"name": use.SD15, "url": use.SD15_URL, "directory": "checkpoints"}]
+    net = graph.add("ControlNetLoader", control_net_name=use.DEPTH_NET)
+    net.models = [{"name": use.DEPTH_NET, "url": use.DEPTH_NET_URL, "directory": "controlnet"}]
+    file = graph.add("LoadVideo", title="Your clip: choose a file", file="")
+    graph.column()
+    parts = graph.add("GetVideoComponents", video=file["VIDEO"])
+    inflated = graph.add("STE_InflateAttention", model=checkpoint["MODEL"])
+    size = {"max_frames": use.SD15_FRAMES, "max_side": use.SD15_SIDE}
+    clip = graph.add("STE_FitClipToModel", images=parts["images"], model=inflated["model"], **size)
+    graph.group("Depth")
+    depth_model = graph.add("LoadDA3Model", model_name=use.DEPTH_MODEL)
+    depth_model.models = [{"name": use.DEPTH_MODEL, "url": use.DEPTH_MODEL_URL, "directory": "geometry_estimation"}]
+    geometry = graph.add("DA3Inference", da3_model=depth_model["DA3_MODEL"], image=clip["images"], mode="mono")
+    graph.column()
+    depth = graph.add("DA3Render", da3_geometry=geometry["da3_geometry"], output="depth")["IMAGE"]
+
+    graph.group("Invert")
+    model = {"MODEL": inflated["model"], "CLIP": checkpoint["CLIP"], "VAE": checkpoint["VAE"]}
+    positive, latent = encode(graph, model, clip["images"], use.SD15_SOURCE)
+    negative = graph.add("CLIPTextEncode", "Negative prompt", "red", text="", clip=checkpoint["CLIP"])
+    graph.column()
+    control = {"control_net": net["CONTROL_NET"], "image": depth}
+    pair = {"positive": positive["CONDITIONING"], "negative": negative["CONDITIONING"]}
+    held = graph.add("ControlNetApplyAdvanced", **pair, **control)
+    trajectory = inversion(graph, model, {"CONDITIONING": held["positive"]}, latent["LATENT"], 50)
+
+    graph.group("Regions")
+    if tracked:
+        sam = graph.add("CheckpointLoaderSimple", "SAM3", ckpt_name=use.SAM3)
+        sam.models = [{"name": use.SAM3, "url": use.SAM3_URL, "directory": "checkpoints"}]
+        words = graph.add("CLIPTextEncode", "What to track", text=use.SD15_TRACKED, clip=sam["CLIP"])
+        graph.column()
+        seen = {"images": clip["images"], "model": sam["MODEL"], "conditioning": words["CONDITIONING"]}
+        tracks = graph.add("SAM3_VideoTrack", **seen)["track_data"]
+        made = graph.add("STE_RegionsFromMasks", phrases=use.SD15_PHRASES, track_data=tracks)
+        mask = graph.add("STE_PreviewRegions", images=clip["images"], regions=made["regions"])["mask"]
+    else:
+        look = {"trajectory": trajectory["trajectory"], "images": clip["images"], "kinds": 4}
+        made = graph.add("STE_RegionsFromAttention", phrases=use.SD15_FOUND, **look)
+        mask = made["mask"]
+
+    graph.group("Edit")
+    text = {"clip": checkpoint["CLIP"], "prompt": use.SD15_PROMPT, "regions": made["regions"]}
+    positive = graph.add("STE_EncodeRegionalPrompt", "Prompt: the edit", "green", **text)
+    negative = graph.add("CLIPTextEncode", "Negative prompt", "red", text=use.SD15_NEGATIVE, clip=checkpoint["CLIP"])
+    graph.column()
+    pair = {"positive": positive["conditioning"], "negative": negative["CONDITIONING"]}
+    held = graph.add("ControlNetApplyAdvanced", **pair, **control)
+    patched = graph.add("STE_STLayoutAttentionPatch", model=inflated["model"], layout=positive["layout"])
+    sampler = graph.add("STE_SampleFromTrajectory", trajectory=trajectory["trajectory"], mask=mask)
+    source = Source({"MODEL": patched["model"]}, latent["LATENT"], trajectory)
+    conds = {"CONDITIONING": held["positive"]}, {"CONDITIONING": held["negative"]}
+    edited = result(graph, model, sample(graph, source, conds, sampler["sampler"], 7.5))
+    graph.column()
+    pair = graph.add("ImageStitch", title="Clip | edit", image1=clip["images"], image2=edited)
+    film = graph.add("CreateVideo", images=pair["IMAGE"], fps=parts["fps"])
+    graph.add("SaveVideo", title="Film: clip | edit", video=film["VIDEO"], filename_prefix=f"spacetime_edit/{name}")
 
 
 # --- masks ------------------------------------------------------------
@@ -356,7 +473,13 @@ TEMPLATES: dict[str, tuple[str, Callable]] = {  # name: key of the notes and of 
     "Mask from relevance - STR-Match (tiny)": ("relevance_mask", partial(tiny, mask=relevant)),
     "Several objects, one after another - STR-Match (tiny)": ("several", several),
     "Two objects become two others - ST-Layout (tiny)": ("regions", regions),
+    "Two objects trade places - ST-Layout (tiny)": ("identities", identities),
+    "All objects of a kind - ST-Layout (tiny)": ("one_class", one_class),
+    "Only the background - ST-Layout with STR-Match (tiny)": ("background", background),
+    "Regions without masks - ST-Layout from attention (tiny)": ("from_attention", from_attention),
     "Object and background at once - ST-Layout with STR-Match (tiny)": ("layout_video", layout_video),
+    "Several objects - ST-Layout with ControlNet (SD 1.5)": ("sd15", partial(sd15, tracked=False)),
+    "Several objects - ST-Layout with SAM3 and ControlNet (SD 1.5)": ("sd15_sam3", partial(sd15, tracked=True)),
     "Delete an object - STR-Match (tiny)": ("delete", partial(tiny, **DELETE)),
     "Add an object - STR-Match (tiny)": ("add", add),
     "Compare lambdas - STR-Match (tiny)": ("compare_lambdas", compare_lambdas),

@@ -16,12 +16,13 @@ WIDTH = 300  # of a node, in pixels
 WIDTHS = {
     **{"STE_LoadExampleClip": 360, "STE_PredictCost": 400, "STE_FitClipToModel": 360, "STE_LoadTrajectory": 360},
     **{"SaveAnimatedWEBP": 480, "SaveVideo": 480, "PreviewImage": 480, "STE_PreviewRelevance": 360},
-    **{"STE_PreviewRegions": 360, "STE_EncodeRegionalPrompt": 360},
+    **{"STE_PreviewRegions": 360, "STE_EncodeRegionalPrompt": 360, "STE_RegionsFromAttention": 360},
+    "STE_PreviewTokenAttention": 480,
 }
 PREVIEWS = {  # height below the widgets
     **{"SaveImage": 300, "PreviewImage": 280, "SaveAnimatedWEBP": 280, "SaveVideo": 300, "LoadVideo": 200},
     **{"STE_PreviewRelevance": 300, "STE_PredictCost": 180, "STE_FitClipToModel": 80, "STE_SaveTrajectory": 60},
-    "STE_PreviewRegions": 340,
+    **{"STE_PreviewRegions": 340, "STE_RegionsFromAttention": 340, "STE_PreviewTokenAttention": 300},
 }
 GAP = 40  # between nodes, and between groups
 TITLE = 30  # of a node, above its position; also of a group
@@ -110,6 +111,7 @@ class Node:
             if value is None or isinstance(value, Output):
                 value = options.get("default", first_choice(options))
             values.append(value)
+            values += [inner.get("default", first_choice(inner)) for inner in inputs_of_choice(options, value)]
             if options.get("control_after_generate"):
                 values.append("fixed")
         return values
@@ -119,6 +121,13 @@ def first_choice(options: dict) -> str:
     """The first of a combo's choices, "" without any."""
     choice = (options.get("options") or [""])[0]
     return choice["key"] if isinstance(choice, dict) else choice
+
+
+def inputs_of_choice(options: dict, value: Any) -> list[dict]:
+    """Options of the inputs that a choice of a dynamic combo brings."""
+    chosen = [c for c in options.get("options") or [] if isinstance(c, dict) and c["key"] == value]
+    inner = [spec for choice in chosen for kind in choice["inputs"].values() for spec in kind.values()]
+    return [{**(spec[1] if len(spec) > 1 else {}), "kind": spec[0]} for spec in inner]
 
 
 class Graph:

@@ -4,6 +4,13 @@ from __future__ import annotations
 
 from template_settings import (
     COMPARED_LAMBDAS,
+    DEPTH_MODEL,
+    DEPTH_NET,
+    SAM3,
+    SD15,
+    SD15_FRAMES,
+    SD15_SIDE,
+    SD15_TRACKED,
     TINY_LAMBDA,
     ZEROSCOPE,
     ZEROSCOPE_FRAMES,
@@ -12,6 +19,11 @@ from template_settings import (
 )
 
 NOTHING_NEEDED = "No download, no GPU."
+SD15_FILES = f"""**Download** by the frontend's own offer, or to `ComfyUI/models/`: `checkpoints/{SD15}` (or a \
+finetune of SD 1.5), `controlnet/{DEPTH_NET}`, `geometry_estimation/{DEPTH_MODEL}`"""
+SD15_SIZE = f"""**Fit Clip to Model** takes the first {SD15_FRAMES} frames and scales the longest side to {SD15_SIDE}: \
+what the method was published with. **Inflate Attention to Video** lets the frames see one another, in the inversion \
+and in the edit."""
 
 ABOUT = {
     "prompt_swap": f"""## Prompt swap
@@ -72,6 +84,44 @@ The prompt says it **the other way round**; the masks decide.
 2. **Encode Regional Prompt** finds these words in the prompt.
 3. **ST-Layout Attention Patch** draws them into their regions while the model samples. What lies in no region is kept \
 by the mask of *Preview Regions*.""",
+    "identities": f"""## Two objects trade places
+Press **Run**: the red circle becomes a green square, the green square a red circle. {NOTHING_NEEDED}
+
+The prompt is that of the clip, word for word. Only the **Region Prompts** say that each phrase belongs where the \
+other object is.""",
+    "one_class": f"""## All objects of a kind
+Press **Run**: both objects become yellow triangles, by one mask and one phrase. {NOTHING_NEEDED}
+
+1. *Both objects* adds their masks; a segmentation of the whole class would do as well.
+2. The phrase stands in the prompt twice: **occurrence** *every* takes both.""",
+    "background": f"""## Only the background
+Press **Run**: the gray background becomes white, the circle stays. {NOTHING_NEEDED}
+
+The region is all that the object is not (*Around the object*). Its mask also goes to **Sample from Trajectory**, so \
+that nothing inside the object is touched.""",
+    "from_attention": f"""## Regions without masks
+Press **Run**: the left object becomes a blue triangle, the right one a yellow circle, and nobody painted a mask. \
+{NOTHING_NEEDED}
+
+**Regions from Attention** asks the model which pixels of all frames belong together, and numbers the regions from the \
+largest. Each line of its **phrases** belongs to one number; the first line is empty, because number 1 is the \
+background.""",
+    "sd15": f"""## Several objects on SD 1.5
+{SD15_FILES}. Press **R**, choose your clip, write what it shows and what it shall show, and run.
+
+1. **Regions from Attention** shows numbered regions. Write the phrases of the new prompt on the lines of their \
+numbers and run again: the inversion is kept.
+2. **ST-Layout Attention Patch** keeps each phrase in its region.
+
+{SD15_SIZE}""",
+    "sd15_sam3": f"""## Several objects on SD 1.5, by SAM3
+{SD15_FILES}, `checkpoints/{SAM3}`. Press **R**, choose your clip, write what it shows and what it shall show, and run.
+
+1. *What to track*: each thing and how many of it, such as `{SD15_TRACKED}`. **Regions from Masks** ties a line of \
+phrases to each, in that order; *Preview Regions* shows whether it is the right one.
+2. **ST-Layout Attention Patch** keeps each phrase in its region.
+
+{SD15_SIZE}""",
     "add": f"""## Add an object
 Press **Run**: a green square joins the blue circle. {NOTHING_NEEDED}
 
@@ -144,6 +194,29 @@ stay more. (At 0 there is no match and no curve: that is the template *prompt sw
 - Exchange the two phrases in the *Region Prompts*.
 - **cross_strength** 1, the method's own: enough for large models, too little for this small one.
 - Other words in both places: *a purple square*.""",
+    "identities": """### Try
+- **cross_strength** and **self_strength** 0: everything stays as it is, the prompt says nothing new.
+- Only one of the two **Region Prompts** exchanged: the right one with *a red circle* too.""",
+    "one_class": """### Try
+- **occurrence** *first*: the second word of the pair has no region of its own.
+- another class in prompt and phrase: *a blue square*.""",
+    "background": """### Try
+- *a red circle on a pink background*, with the phrase *pink background*.
+- without the mask on *Sample from Trajectory*: the circle may change a little too.""",
+    "from_attention": """### Try
+- **phrases** empty: all regions are shown, and the edit has none to go by.
+- **kinds** 4 and 5: what else does the model tell apart?
+- clips 05 and 06, with two objects of one shape.""",
+    "sd15": """### Try
+- **shared_norms** in *Inflate Attention to Video* if brightness flickers.
+- **levels** *2,4,8* there: much faster, details agree less.
+- **cross_strength** 1.5 if a phrase does not come.
+- a ControlNet for pose in place of depth, if people move.""",
+    "sd15_sam3": """### Try
+- **detection_threshold** lower, if SAM3 misses something.
+- **dilation** of *Sample from Trajectory* larger, if the new object is larger than the old one.
+- **levels** *2,4,8* in *Inflate Attention to Video*: much faster, details agree less.
+- the background as one more region: a line without a track of its own needs a mask, by *Region Prompt*.""",
     "add": """### Try
 - another seed in *RandomNoise*: another square, now and then one that is missing in a frame.
 - **task** *change*: what does the match make of the square?

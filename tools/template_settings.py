@@ -44,3 +44,27 @@ TINY_LAYOUT = {"cross_strength": 3.0, "self_strength": 1.0, "end_percent": 0.6}
 LAYOUT_COLOURS = (0xC04040, 0x4060C0)  # of the background and of the object
 LAYOUT_PROMPT = "a blue square on a white background"
 LAYOUT_PHRASES = "white background\na blue square"  # the largest area first
+
+IDENTITY_PHRASES = ("a green square", "a red circle")  # of the left and of the right object: as the other one is
+CLASS_PROMPT = "a yellow triangle on the left and a yellow triangle on the right, gray background"
+CLASS_PHRASE = "a yellow triangle"
+BACKGROUND_PROMPT = "a red circle on a white background"
+BACKGROUND_PHRASE = "white background"
+FOUND_PHRASES = "\na yellow circle\na blue triangle"  # by number: the background, then what is larger
+
+SD15 = "v1-5-pruned-emaonly-fp16.safetensors"
+SD15_URL = f"https://huggingface.co/Comfy-Org/stable-diffusion-v1-5-archive/resolve/main/{SD15}"
+DEPTH_NET = "control_v11f1p_sd15_depth_fp16.safetensors"
+DEPTH_NET_URL = f"https://huggingface.co/comfyanonymous/ControlNet-v1-1_fp16_safetensors/resolve/main/{DEPTH_NET}"
+DEPTH_MODEL = "depth_anything_3_mono_large.safetensors"
+DEPTH_MODEL_URL = f"https://huggingface.co/Comfy-Org/Depth-Anything-3/resolve/main/geometry_estimation/{DEPTH_MODEL}"
+SAM3 = "sam3.1_multiplex_fp16.safetensors"
+SAM3_URL = f"https://huggingface.co/Comfy-Org/sam3.1/resolve/main/checkpoints/{SAM3}"
+SD15_SIDE = 512
+SD15_FRAMES = 16
+SD15_SOURCE = "a man and a dog walk on grass"
+SD15_PROMPT = "an astronaut and a polar bear walk on grass"
+SD15_NEGATIVE = "ugly, blurry, low res, unrealistic"
+SD15_TRACKED = "man:1, dog:1"
+SD15_PHRASES = "an astronaut\na polar bear"
+SD15_FOUND = "\nan astronaut\na polar bear"  # by number: the background, then what is larger
