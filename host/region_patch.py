@@ -178,6 +178,12 @@ def patch_regions(model, modulation: RegionModulation):
             f"model: {family_of(model).name} has no cross-attention, so no phrase can be kept in its region; set "
             f"cross_strength to 0 to let regions act in self-attention alone"
         )
+    for number in _without_area(modulation.layout):
+        log.warning(
+            "ST-Layout: region %d (%r) covers nothing that is not covered by another; its words are drawn nowhere",
+            number,
+            modulation.layout.regions[number - 1].phrase,
+        )
     for name in ("attn1", "attn2"):
         if hidden := patched.model_options["transformer_options"].get("patches_replace", {}).get(name):
             log.warning(
@@ -188,3 +194,10 @@ def patch_regions(model, modulation: RegionModulation):
             )
     patched.model_options = AttentionTap(patched, [modulation]).install(patched.model_options)
     return patched
+
+
+def _without_area(layout: Layout) -> list[int]:
+    """Numbers, from 1, of regions that own no pixel of any frame."""
+    masks = same_frames(layout.regions)
+    owned = partition(masks)[:-1] if layout.mode == "paper" else masks
+    return [k for k, mask in enumerate(owned, start=1) if mask.max() == 0]

@@ -4,6 +4,7 @@ import pytest
 import torch
 from comfy.context_windows import IndexListContextWindow
 from spacetime_edit.core.regions import EVERY, Region
+from spacetime_edit.host import region_patch
 from spacetime_edit.host.attention_tap import AttentionTap
 from spacetime_edit.host.region_patch import RegionModulation, patch_regions
 from spacetime_edit.host.region_prompt import Layout, encode_regional_prompt
@@ -224,6 +225,63 @@ def test_in_a_context_window_masks_follow_its_frames(tiny, layout):
     )
     # sizes are shares of the whole clip in a window, which differ a little
     assert support.relative(ours, wanted) < 0.1 * support.relative(plain, wanted)
+
+
+# --- what people do to masks --------------------------------------------
+
+
+def edited_by(tiny, masks, mode="paper"):
+    """A prediction with these masks, in the order of the phrases."""
+    regions = [Region(phrase, mask) for phrase, mask in zip(("red circle", "green square"), masks, strict=False)]
+    conditioning, layout = encode_regional_prompt(tiny.clip, PROMPT, regions, mode)
+    model = patch_regions(tiny.model, RegionModulation(layout, 3.0, 3.0, 1.0, end=1.0))
+    return support.prediction(model, conditioning, clip_latent(), support.encode(tiny, ""), 3.0, 8.0)
+
+
+@pytest.mark.parametrize("mode", ["paper", "released"])
+def test_masks_that_cover_each_other_are_named_and_do_no_harm(tiny, mode, caplog):
+    left, right = boxes()
+    both = edited_by(tiny, [left, left], mode)
+    assert both.isfinite().all()
+    assert ("region 1 ('red circle') covers nothing" in caplog.text) == (mode == "paper")
+    full = edited_by(tiny, [torch.ones_like(left), torch.ones_like(left)], mode)
+    plain = support.prediction(tiny.model, support.encode(tiny, PROMPT), clip_latent(), support.encode(tiny, ""), 3, 8)
+    assert full.isfinite().all()
+    if mode == "paper":  # a region that covers everything has size term 0; the public code's is nearly 1 in self
+        assert support.relative(full, plain) < 1e-4
+
+
+@pytest.mark.parametrize("mode", ["paper", "released"])
+def test_an_empty_region_is_named_and_the_others_act(tiny, mode, caplog):
+    left, right = boxes()
+    with_empty = edited_by(tiny, [left, torch.zeros_like(right)], mode)
+    assert "region 2 ('green square') covers nothing" in caplog.text
+    assert support.relative(with_empty, edited_by(tiny, [left, right], mode)) > 1e-3
+    assert with_empty.isfinite().all()
+
+
+def test_a_region_of_one_pixel_acts_at_every_level(tiny):
+    left, _ = boxes()
+    dot = torch.zeros_like(left)
+    dot[:, 40, 40] = 1
+    seen = edited_by(tiny, [left, dot])
+    assert seen.isfinite().all() and support.relative(seen, edited_by(tiny, [left, 0 * dot])) > 1e-4
+
+
+def test_layers_that_another_pack_replaces_are_named(sd15, caplog):
+    model = sd15.clone()
+    model.set_model_attn1_replace(lambda q, k, v, extra: q, "middle", 0, 0)
+    patch_regions(model, RegionModulation(Layout("a prompt", regions(), ((1,), (4,)), 7)))
+    assert "another pack replaces self-attention in ('middle', 0, 0)" in caplog.text
+
+
+def test_models_without_cross_attention_are_told(tiny, layout, monkeypatch):
+    _, layout = layout
+    layers = {path: at for path, at in region_patch.attention_layers(tiny.model).items() if at.kind != "cross"}
+    monkeypatch.setattr(region_patch, "attention_layers", lambda model: layers)
+    with pytest.raises(ValueError, match=r"model: UNet3D .* has no cross-attention.*set cross_strength to 0"):
+        patch_regions(tiny.model, RegionModulation(layout))
+    patch_regions(tiny.model, RegionModulation(layout, cross_strength=0.0))
 
 
 # --- prompts ------------------------------------------------------------
