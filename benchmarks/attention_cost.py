@@ -1,6 +1,6 @@
 """What region attention costs against stock attention and against its literal dense form.
 
-    python benchmarks/attention_cost.py [--tokens 2048 4096 8192] [--regions 4] [--n 7] [--backward] [--json PATH]
+    python benchmarks/attention_cost.py [--tokens 2048 4096 8192] [--regions 4 ...] [--n 7] [--backward] [--json PATH]
 
 Self-attention of 8 heads of 40, float32 on one thread: time as user CPU seconds, the median of n runs in turn, as
 ratios to stock attention; memory as the most bytes of tensors that lived at once beyond the arguments. The dense form
@@ -16,6 +16,7 @@ import json
 import math
 import sys
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -72,7 +73,7 @@ def functions_of(tokens: int, regions: int, backward: bool, seed: int) -> dict[s
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 4096, AT])
-    parser.add_argument("--regions", type=int, default=4)
+    parser.add_argument("--regions", type=int, nargs="+", default=[4])
     parser.add_argument("--n", type=int, default=RUNS)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--backward", action="store_true", help="forward and backward")
@@ -80,17 +81,23 @@ def main() -> int:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     rows = []
-    print(f"{'tokens':>8} {'form':18} {'s':>8} {'x stock':>8} {'MB':>8} {'x q, k, v':>10}")
-    for tokens in arguments.tokens:
-        functions = functions_of(tokens, arguments.regions, arguments.backward, arguments.seed)
+    print(f"{'tokens':>8} {'regions':>8} {'form':18} {'s':>8} {'x stock':>8} {'MB':>8} {'x q, k, v':>10}")
+    for tokens, regions in product(arguments.tokens, arguments.regions):
+        functions = functions_of(tokens, regions, arguments.backward, arguments.seed)
         seconds = medians(interleaved(functions, arguments.n))
         given = 3 * 4 * HEADS * tokens * WIDTH
         for name, function in functions.items():
-            row = {"tokens": tokens, "form": name, "seconds": seconds[name].user, "bytes": peak_bytes(function)}
+            row = {
+                "tokens": tokens,
+                "regions": regions,
+                "form": name,
+                "seconds": seconds[name].user,
+                "bytes": peak_bytes(function),
+            }
             row |= {"of_stock": row["seconds"] / seconds[STOCK].user, "of_qkv": row["bytes"] / given}
             rows.append(row)
             print(
-                f"{tokens:8} {name:18} {row['seconds']:8.3f} {row['of_stock']:8.2f} {row['bytes'] / 1e6:8.1f} "
+                f"{tokens:8} {regions:8} {name:18} {row['seconds']:8.3f} {row['of_stock']:8.2f} {row['bytes'] / 1e6:8.1f} "
                 f"{row['of_qkv']:10.2f}",
                 flush=True,
             )
@@ -105,9 +112,12 @@ def verdicts(rows: list[dict]) -> list[str]:
     ours = [row for row in rows if row["form"] == OURS]
     lines = []
     for row in (row for row in ours if row["tokens"] == AT):
-        lines.append(verdict(row["of_stock"] <= MAX_TIME, f"time {row['of_stock']:.2f} of stock, at most {MAX_TIME}"))
-        text = f"extra memory {row['of_qkv']:.2f} of q, k and v, at most {MAX_MEMORY:g}"
+        at = f"{row['regions']} regions: "
+        text = f"{at}time {row['of_stock']:.2f} of stock, at most {MAX_TIME}"
+        lines.append(verdict(row["of_stock"] <= MAX_TIME, text))
+        text = f"{at}extra memory {row['of_qkv']:.2f} of q, k and v, at most {MAX_MEMORY:g}"
         lines.append(verdict(row["of_qkv"] <= MAX_MEMORY, text))
+    ours = [row for row in ours if row["regions"] == ours[0]["regions"]]
     if len(ours) > 1:
         first, last = ours[0], ours[-1]
         span = math.log(last["tokens"] / first["tokens"])

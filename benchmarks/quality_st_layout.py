@@ -8,7 +8,12 @@ which is meant. All methods start from one inversion and keep what lies in no ma
 
     forms       how attention is modulated: not at all, cross only, self only, both at the settings tuned here, at the
                 method's own strength and window, and as the public code does it
-    masks       both, with masks that are eroded, dilated or shifted, in pixels
+    masks       both, with masks that are eroded, dilated or shifted, in pixels, and with the regions that the model's
+                own attention finds; which of these belongs to which phrase is told by the true masks
+    frames      both, with self-attention within frames, to the first and previous one, and over all frames, in
+                inversion and edit; with temporal attention modulated too
+    order       one region after the other, with an inversion between, against both at once
+    same shape  forms of importance on clips whose objects have one shape, of which neither changes it
 
 Rows: the unedited copy, the true edit through the VAE, the target from random noise by the prompt as it should read.
 Columns: colour and shape of the objects, each in its half; both objects right; leakage, the share of regions of the
@@ -22,7 +27,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -39,12 +44,15 @@ load_pack()
 import comfy.samplers
 from spacetime_edit.benchmarks import _figures as figures
 from spacetime_edit.benchmarks._editing import Editor, Settings, copy, from_noise, run, through_vae
+from spacetime_edit.core.inflation import Inflation
 from spacetime_edit.core.masks import dilate
 from spacetime_edit.core.regions import Region
 from spacetime_edit.core.trajectory import Trajectory
+from spacetime_edit.host.attention_regions import regions_from_attention
+from spacetime_edit.host.inflation import inflate_attention
 from spacetime_edit.host.region_patch import RegionModulation, patch_regions
 from spacetime_edit.host.region_prompt import encode_regional_prompt
-from spacetime_edit.host.sampling import TrajectorySampler
+from spacetime_edit.host.sampling import TrajectorySampler, invert
 from spacetime_edit.tools.shape_world import instruments, world
 
 KINDS = (("colour",), ("shape",), ("colour", "shape"))
@@ -59,6 +67,7 @@ COLUMNS = {
 }
 TUNED = {"cross_strength": 3.0, "self_strength": 1.0, "end": 0.6}
 COPY, CEILING, NOISE = "unedited copy", "true edit through VAE", "random noise, prompt as it should read"
+SAME_SHAPE = "same shape"
 SWAP, CROSS, SELF, BOTH = "prompt swap", "cross only", "self only", "cross and self"
 
 
@@ -83,10 +92,13 @@ class Case:
 
 
 def make_cases(group: str, seed: int, n: int) -> list[Case]:
+    """Of the group `SAME_SHAPE`: two objects of one shape that get other colours."""
     generator, cases = np.random.default_rng([seed, 6]), []
     while len(cases) < n:
-        kinds = KINDS[len(cases) % len(KINDS)]
+        kinds = ("colour",) if group == SAME_SHAPE else KINDS[len(cases) % len(KINDS)]
         source = target = world.sample_scene(generator, 2)
+        if group == SAME_SHAPE and len({pair.shape for pair in source.description.objects}) > 1:
+            continue
         for index in range(2):
             for kind in kinds:
                 target = world.sample_edit(target, kind, generator, index)
@@ -140,16 +152,70 @@ def regional(
     def edit(editor: Editor, case: Case, trajectory: Trajectory) -> Tensor:
         masks = world.render(case.source)[1]
         regions = [Region(p, m) for p, m in zip(case.phrases, change(masks), strict=True)]
-        positive, layout = encode_regional_prompt(editor.clip, case.prompt, regions, mode, mode == "released")
-        model = patch_regions(editor.model, RegionModulation(layout, **settings))
-        guider = comfy.samplers.CFGGuider(model)
-        guider.set_conds(positive, editor.prompt(""))
-        guider.set_cfg(editor.settings.cfg)
-        sampler = TrajectorySampler(trajectory, mask=masks.amax(0), dilation=editor.settings.dilation)
-        empty = torch.zeros(trajectory.shape)
-        return editor.decode(guider.sample(empty, empty, sampler, editor.sigmas, disable_pbar=True, seed=case.seed))
+        return editor.decode(sample(editor, case, trajectory, case.prompt, regions, masks.amax(0), mode, **settings))
 
     return edit
+
+
+def sample(
+    editor: Editor,
+    case: Case,
+    trajectory: Trajectory,
+    prompt: str,
+    regions: Sequence[Region],
+    mask: Tensor,
+    mode: str = "paper",
+    **settings,
+) -> Tensor:
+    """The latent of an edit of the trajectory's clip, on the trajectory's model; what lies outside `mask` is kept."""
+    positive, layout = encode_regional_prompt(editor.clip, prompt, regions, mode, mode == "released")
+    model = patch_regions(trajectory.model, RegionModulation(layout, **settings))
+    guider = comfy.samplers.CFGGuider(model)
+    guider.set_conds(positive, editor.prompt(""))
+    guider.set_cfg(editor.settings.cfg)
+    sampler = TrajectorySampler(trajectory, mask=mask, dilation=editor.settings.dilation)
+    empty = torch.zeros(trajectory.shape)
+    return guider.sample(empty, empty, sampler, editor.sigmas, disable_pbar=True, seed=case.seed)
+
+
+def found(clusters: int = 3) -> Callable[[Editor, Case, Trajectory], Tensor]:
+    """The edit with regions from attention: for each phrase the one that covers most of its object."""
+
+    def edit(editor: Editor, case: Case, trajectory: Trajectory) -> Tensor:
+        true = world.render(case.source)[1]
+        masks = regions_from_attention(trajectory, clusters, (world.SIZE, world.SIZE), seed=case.seed)
+        own = [max(masks, key=lambda mask: float((mask * truth).sum() / mask.sum().sqrt())) for truth in true]
+        regions = [Region(p, m) for p, m in zip(case.phrases, own, strict=True)]
+        mask = torch.stack(own).amax(0)
+        return editor.decode(sample(editor, case, trajectory, case.prompt, regions, mask, **TUNED))
+
+    return edit
+
+
+def inflated(keys: str, **settings) -> Callable[[Editor, Case, Trajectory], Tensor]:
+    """The edit, and the inversion that it begins from, with self-attention over frames."""
+
+    def edit(editor: Editor, case: Case, trajectory: Trajectory) -> Tensor:
+        model = inflate_attention(editor.model, Inflation(keys))
+        again = invert(model, trajectory.conditioning, editor.encode(world.render(case.source)[0]), editor.sigmas)
+        return regional(**settings)(editor, case, again)
+
+    return edit
+
+
+def one_after_another(editor: Editor, case: Case, trajectory: Trajectory) -> Tensor:
+    """The first object by its region, then, with the result inverted, the second by its own."""
+    masks, source = world.render(case.source)[1], case.source.description
+    first, second = case.target.description.objects
+
+    def edit(trajectory: Trajectory, index: int, objects: tuple) -> Tensor:
+        prompt, region = world.caption(source._replace(objects=objects)), Region(case.phrases[index], masks[index])
+        return sample(editor, case, trajectory, prompt, [region], masks[index], **TUNED)
+
+    latent = edit(trajectory, 0, (source.objects[1], first))  # the sides exchanged
+    middle = world.caption(source._replace(objects=(first, source.objects[1])))
+    again = invert(editor.model, editor.prompt(middle), latent, editor.sigmas)
+    return editor.decode(edit(again, 1, (second, first)))
 
 
 BOUNDS = {COPY: copy, CEILING: through_vae, NOISE: from_noise}
@@ -168,8 +234,22 @@ MASKS = {
     **{f"eroded by {px} px": regional(partial(eroded, px=px), **TUNED) for px in (1, 2, 3)},
     **{f"dilated by {px} px": regional(partial(dilated, px=px), **TUNED) for px in (1, 2, 3)},
     **{f"shifted by {px} px": regional(partial(shifted, px=px), **TUNED) for px in (1, 2, 3)},
+    "regions from attention": found(),
 }
-GROUPS = {"forms": BOUNDS | FORMS, "masks": MASKS}
+FRAMES = {
+    BOTH: FORMS[BOTH],
+    "attention to first + previous": inflated("first + previous", **TUNED),
+    "attention to all frames": inflated("all frames", **TUNED),
+    "temporal attention modulated too": regional(**TUNED | {"temporal_strength": 1.0}),
+}
+ORDER = {BOTH: FORMS[BOTH], "one after another": one_after_another}
+GROUPS = {
+    "forms": BOUNDS | FORMS,
+    "masks": MASKS,
+    "frames": FRAMES,
+    "order": ORDER,
+    SAME_SHAPE: {name: FORMS[name] for name in (SWAP, CROSS, BOTH)},
+}
 PAIRS = [(CROSS, SWAP), (BOTH, SWAP), (BOTH, CROSS)]
 
 figures.STATISTICS.update(dict.fromkeys(("colour", "shape", "both_right"), "difference_of_means"))
