@@ -96,11 +96,8 @@ def main() -> int:
             }
             row |= {"of_stock": row["seconds"] / seconds[STOCK].user, "of_qkv": row["bytes"] / given}
             rows.append(row)
-            print(
-                f"{tokens:8} {regions:8} {name:18} {row['seconds']:8.3f} {row['of_stock']:8.2f} {row['bytes'] / 1e6:8.1f} "
-                f"{row['of_qkv']:10.2f}",
-                flush=True,
-            )
+            figures = f"{row['seconds']:8.3f} {row['of_stock']:8.2f} {row['bytes'] / 1e6:8.1f} {row['of_qkv']:10.2f}"
+            print(f"{tokens:8} {regions:8} {name:18} {figures}", flush=True)
     print("\n".join(["", *verdicts(rows)]))
     if arguments.json:
         arguments.json.write_text(json.dumps({"rows": rows}, indent=1) + "\n", encoding="utf-8")
