@@ -260,3 +260,22 @@ def test_an_edit_needs_the_inflation_of_the_inversion(sd15):
     for model in (sd15, inflate_attention(sd15, SPARSE)):
         with pytest.raises(ValueError, match="the inverted one 'all frames'; connect the same Inflate Attention"):
             edit(model)
+
+
+def test_a_lora_acts_as_in_the_model_that_it_was_merged_into(sd15):
+    """Before and after the node, on a weight of self-attention."""
+    key = "diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_v.weight"
+    difference = torch.randn(64, 64, generator=torch.Generator().manual_seed(9))
+
+    def with_lora(model):
+        patched = model.clone()
+        assert patched.add_patches({key: ("diff", (difference,))}, 0.5)
+        return patched
+
+    before, after = inflate_attention(with_lora(sd15), ALL), with_lora(inflate_attention(sd15, ALL))
+    merged = support.sd15_model()
+    merged.model.get_parameter(key).add_(0.5 * difference)
+    wanted, without = predicted(inflate_attention(merged, ALL)), predicted(inflate_attention(sd15, ALL))
+    assert support.relative(without, wanted) > 1e-3
+    for model in (before, after):
+        assert support.relative(predicted(model), wanted) < 1e-5
