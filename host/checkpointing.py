@@ -23,8 +23,7 @@ def checkpointed(network: torch.nn.Module, family: Family, tap: AttentionTap, re
     """Within, the blocks of `network` that the family's row names keep no activation for the backward pass.
 
     tap: the one installed in the run; recorder: its listener. Taps of patches modulate again what they modulated.
-    Restored on exit. A block whose forward another pack has
-    replaced is left alone.
+    Restored on exit. A block whose forward another pack has replaced is left alone.
     """
     replaced = []
     for path, module in network.named_modules():
@@ -121,10 +120,9 @@ class _Checkpoint(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *flow: Tensor | None):
-        block, ctx.block = ctx.block, None
         with torch.enable_grad():
             inputs = [t.detach().requires_grad_() for t in ctx.saved_tensors]
-            outputs = block.again(inputs)
+            outputs = ctx.block.again(inputs)
         pairs = [(o, g) for o, g in zip(outputs, flow, strict=True) if g is not None and o.requires_grad]
         ends, gradients = zip(*pairs, strict=True)
         return None, *torch.autograd.grad(ends, inputs, gradients, allow_unused=True)

@@ -51,23 +51,42 @@ def latent_gradient(
     sigma: Tensor,
     cond: dict,
     loss: Callable[[Tensor | None], Tensor],
+    **options,
+) -> tuple[Tensor, Tensor]:
+    """d loss / d latent for one conditional prediction; returns (loss, gradient), both detached.
+
+    `loss` gets the prediction of x0 (None where a listener ended the run early) and may use what listeners recorded.
+    The rest as in `latent_gradients`.
+    """
+    losses = latent_gradients(base_model, latent, sigma, cond, lambda denoised: {"": loss(denoised)}, **options)
+    return losses[""]
+
+
+def latent_gradients(
+    base_model,
+    latent: Tensor,
+    sigma: Tensor,
+    cond: dict,
+    losses: Callable[[Tensor | None], dict[str, Tensor]],
     *,
     model_options: dict,
     loss_scale: float = 1.0,
     mutates: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """d loss / d latent for one conditional prediction; returns (loss, gradient), both detached.
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Several losses of one conditional prediction, each with its own gradient; a backward pass each.
 
-    latent: as the sampler holds it; sigma: scalar; cond: one processed conditioning. `loss` gets the prediction of x0
-    (None where a listener ended the run early) and may use what listeners recorded. `loss_scale` keeps half-precision
+    latent: as the sampler holds it; sigma: scalar; cond: one processed conditioning. `loss_scale` keeps half-precision
     gradients out of underflow and is divided out. mutates: see `differentiable`.
     """
+    found = {}
     with differentiable(base_model, mutates=mutates):
         x = latent.clone().requires_grad_()
         sigmas = sigma.clone() * torch.ones(x.shape[0], device=x.device)
-        value = loss(until_enough_seen(lambda: predict(base_model, x, sigmas, _normal_cond(cond), model_options)))
-        gradient = torch.autograd.grad(value * loss_scale, x)[0] / loss_scale
-    return value.detach(), gradient
+        values = losses(until_enough_seen(lambda: predict(base_model, x, sigmas, _normal_cond(cond), model_options)))
+        for left, (name, value) in zip(reversed(range(len(values))), values.items(), strict=True):
+            gradient = torch.autograd.grad(value * loss_scale, x, retain_graph=left > 0)[0] / loss_scale
+            found[name] = value.detach(), gradient
+    return found
 
 
 def predict(base_model, x: Tensor, sigmas: Tensor, cond: dict, model_options: dict) -> Tensor:

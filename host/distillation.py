@@ -1,0 +1,359 @@
+"""Video delta denoising score inside the host (DreamMotion, arXiv 2403.12002): the loop as a Sampler (decision D10).
+
+Each step takes three calls of the model: the source with both its prompts; the target with the negative prompt, without
+gradient; the target with its own prompt, with a gradient from the attention keys.
+"""
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import comfy.model_management
+import comfy.samplers
+import torch
+from torch import Tensor
+
+from ..core.distillation import Look, Progress, distill
+from ..core.relevance import matching_loss
+from ..core.self_similarity import spatial_self_similarity_loss, temporal_self_similarity_loss
+from .attention_tap import AttentionCall, AttentionTap, Listener
+from .checkpointing import checkpointed
+from .families import attention_layers, family_of, noise_space, select_blocks
+from .features import FeatureRecorder
+from .gradients import latent_gradients, normal_tensor, predict
+from .latents import check_clip_latent, mask_like
+from .memory import ActivationMeter
+from .relevance_matching import HALF_PRECISION_SCALE, leading_cond
+
+log = logging.getLogger("spacetime_edit")
+
+SPATIAL, TEMPORAL, RELEVANCE, MOTION = "S-SSM", "T-SSM", "STR", "frame difference"
+"""Regularisers by name."""
+
+Branch = Literal["text", "negative"]
+SOURCE_POSITIVE = "source_positive"
+PREVIEW_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """Settings of one run. weights: of the regularisers by name, 0 = none; the rest as in `core.distillation.distill`.
+
+    blocks: names of those whose keys are compared. branch: the prompt whose pass gives the keys. delta: against the
+    source's prediction, else plain score distillation. low_memory: keep no activations.
+    """
+
+    steps: int = 200
+    step_size: float = 0.4
+    cfg: float = 7.5
+    weights: Mapping[str, float] = field(default_factory=dict)
+    balanced: bool = True
+    t_range: tuple[float, float] = (0.05, 0.95)
+    blocks: frozenset[str] = frozenset()
+    branch: Branch = "text"
+    delta: bool = True
+    low_memory: bool = False
+
+    def __post_init__(self):
+        low, high = self.t_range
+        if not 0 < low < high < 1:
+            raise ValueError(f"t_min, t_max: they are {low} and {high}; expected 0 < t_min < t_max < 1")
+
+
+def key_blocks(model, layers: str = "") -> frozenset[str]:
+    """The blocks whose keys are compared: those named, or all on the way up. ValueError for what the model has not."""
+    blocks = {layer.block for layer in attention_layers(model).values() if layer.kind == "spatial"}
+    if layers.strip():
+        return select_blocks(layers, blocks)
+    return frozenset(block for block in blocks if block.startswith("u")) or frozenset(blocks)
+
+
+class KeyRecorder:
+    """A listener that keeps the keys of spatial self-attention. One prompt a run.
+
+    blocks: names of those to look at. `tensors` holds keys (F, H, N, D) by "path keys", for block checkpointing to
+    exchange.
+    """
+
+    def __init__(self, blocks: frozenset[str]):
+        self._blocks = blocks
+        self.tensors: dict[str, Tensor] = {}
+
+    @property
+    def keys(self) -> dict[str, Tensor]:
+        """(F, N, C) by name, heads side by side."""
+        return {name: t.transpose(1, 2).flatten(2) for name, t in self.tensors.items() if name.endswith(" keys")}
+
+    def __call__(self, call: AttentionCall) -> None:
+        self.tensors.update(self._taken(call))
+
+    def replay(self, names: Iterable[str]) -> Listener:
+        """A listener for a second run of some layers: it keeps again the tensors of these names."""
+        wanted = frozenset(names)
+
+        def listen(call: AttentionCall) -> None:
+            self.tensors.update({name: t for name, t in self._taken(call).items() if name in wanted})
+
+        return listen
+
+    def _taken(self, call: AttentionCall) -> dict[str, Tensor]:
+        wanted = call.kind == "spatial" and call.layer.block in self._blocks
+        return {f"{call.layer.path} keys": call.key} if wanted else {}
+
+
+class Recorders:
+    """Several recorders as one, with one store of tensors."""
+
+    def __init__(self, *recorders):
+        self._recorders = recorders
+        self.tensors = {}
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return self._tensors
+
+    @tensors.setter
+    def tensors(self, tensors: dict[str, Tensor]) -> None:
+        self._tensors = tensors
+        for recorder in self._recorders:
+            recorder.tensors = tensors
+
+    def __call__(self, call: AttentionCall) -> None:
+        for recorder in self._recorders:
+            recorder(call)
+
+    def replay(self, names: Iterable[str]) -> Listener:
+        names = tuple(names)
+
+        def listen(call: AttentionCall) -> None:
+            for recorder in self._recorders:
+                recorder.replay(names)(call)
+
+        return listen
+
+
+class DistillationSampler(comfy.samplers.Sampler):
+    """Optimises the latent that it gets; the noise is its own, from `seed`.
+
+    mask: (F, h, w) on the latent grid, 1 = edit. curve: after a run, (t, losses by name) of each step.
+    """
+
+    def __init__(self, settings: Distillation, seed: int, mask: Tensor | None = None):
+        self.settings, self.seed, self.mask = settings, seed, mask
+        self.curve: list[tuple[float, dict[str, float]]] = []
+
+    def sample(
+        self,
+        model_wrap,
+        sigmas,
+        extra_args,
+        callback,
+        noise,
+        latent_image=None,
+        denoise_mask=None,
+        disable_pbar=False,
+    ):
+        sampling, settings = model_wrap.inner_model.model_sampling, self.settings
+        looks = _Looks(settings, model_wrap, extra_args["model_options"])
+        self.curve, shown = [], time.monotonic()
+
+        def tell(progress: Progress) -> None:
+            nonlocal shown
+            self.curve.append((progress.t, progress.losses))
+            if callback is not None and (
+                time.monotonic() - shown > PREVIEW_SECONDS or progress.step + 1 == settings.steps
+            ):
+                shown = time.monotonic()
+                callback(progress.step, progress.latent, progress.latent, settings.steps)
+
+        return distill(
+            latent_image,
+            looks,
+            lambda t: torch.as_tensor(sampling.percent_to_sigma(1 - t)),
+            noise_space(model_wrap.model_patcher),
+            generator=torch.Generator().manual_seed(self.seed),
+            steps=settings.steps,
+            step_size=settings.step_size,
+            t_range=settings.t_range,
+            mask=None if self.mask is None else mask_like(self.mask, latent_image),
+            weights=settings.weights,
+            balanced=settings.balanced,
+            callback=tell,
+        )
+
+
+class _Looks:
+    """What the model says of the noised latents of a step."""
+
+    def __init__(self, settings: Distillation, guider, model_options: dict):
+        self._settings, self._guider, self._options = settings, guider, model_options
+        self._active = [name for name, weight in settings.weights.items() if weight]
+        self._of_model = [name for name in self._active if name != MOTION]
+        self._low_memory, self._measured = settings.low_memory, False
+
+    def __call__(self, target: Tensor, source: Tensor, sigma: Tensor) -> Look:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        held, seen_source = None, None
+        if self._settings.delta or self._of_model:
+            seen_source, held = self._of_source(source, sigma)
+        denoised, found = self._of_target(target, sigma, held)
+        if MOTION in self._active:
+            found[MOTION] = self._motion(target, source, sigma)
+        return Look(denoised, seen_source if self._settings.delta else None, found)
+
+    def _recorders(self) -> tuple[KeyRecorder, FeatureRecorder | None, Recorders]:
+        keys = KeyRecorder(self._settings.blocks)
+        features = FeatureRecorder(None) if RELEVANCE in self._active else None
+        return keys, features, Recorders(*filter(None, (keys, features)))
+
+    def _of_source(self, x: Tensor, sigma: Tensor):
+        """The guided prediction, and what the regularisers compare with."""
+        keys, features, recorder = self._recorders()
+        prompts = {"text": SOURCE_POSITIVE, "negative": "negative"}
+        tap = AttentionTap(self._guider.model_patcher, [recorder] if self._of_model else [], differentiable=True)
+        seen = {
+            branch: self._predict(name, x, sigma, tap if branch == self._settings.branch else None)
+            for branch, name in prompts.items()
+        }
+        own_keys = {name: normal_tensor(t) for name, t in keys.keys.items()}
+        held = own_keys, {} if features is None else features.features
+        return self._guided(seen, x, sigma), held
+
+    def _of_target(self, x: Tensor, sigma: Tensor, held) -> tuple[Tensor, dict]:
+        """The guided prediction, and each regulariser's loss with its gradient."""
+        prompts = {"text": "positive", "negative": "negative"}
+        graded = self._settings.branch if self._of_model else None
+        seen = {}
+        for branch, name in prompts.items():
+            if branch != graded:
+                seen[branch] = self._metered(name, x, sigma) if graded else self._predict(name, x, sigma)
+        found = {}
+        if graded:
+            seen[graded], found = self._with_gradient(prompts[graded], x, sigma, held)
+        return self._guided(seen, x, sigma), found
+
+    def _with_gradient(self, prompt: str, x: Tensor, sigma: Tensor, held) -> tuple[Tensor, dict]:
+        base, patcher = self._guider.inner_model, self._guider.model_patcher
+        keys, features, recorder = self._recorders()
+        tap = AttentionTap(patcher, [recorder], differentiable=True)
+        family, half = family_of(patcher), base.get_dtype_inference() == torch.float16
+        kept = []
+
+        def losses(denoised: Tensor) -> dict[str, Tensor]:
+            kept.append(denoised.detach())
+            return self._losses(held, keys.keys, {} if features is None else features.features)
+
+        blocks = checkpointed(base.diffusion_model, family, tap, recorder)
+        with blocks if self._low_memory else contextlib.nullcontext():
+            found = latent_gradients(
+                base,
+                x,
+                sigma,
+                leading_cond(self._guider.conds[prompt], sigma, prompt),
+                losses,
+                model_options=tap.install(self._options),
+                loss_scale=HALF_PRECISION_SCALE if half else 1.0,
+                mutates=family.mutates,
+            )
+        for name, (_, gradient) in found.items():
+            if not gradient.isfinite().all():
+                raise ValueError(
+                    f"Video DDS: the gradient of {name} is not finite at sigma {float(sigma):.4g}; try the model in "
+                    f"bf16 or fp32"
+                )
+        return kept[0], {name: (float(value), gradient) for name, (value, gradient) in found.items()}
+
+    def _losses(self, held, keys: dict[str, Tensor], features: dict) -> dict[str, Tensor]:
+        source_keys, source_features = held
+        forms = {SPATIAL: spatial_self_similarity_loss, TEMPORAL: temporal_self_similarity_loss}
+        found = {}
+        for name in self._of_model:
+            if name == RELEVANCE:
+                pairs = [(source_features[path], features[path]) for path in source_features]
+                losses = [matching_loss(source, target) for source, target in pairs]
+            else:
+                losses = [forms[name](source_keys[path], keys[path]) for path in source_keys]
+            found[name] = torch.stack(losses).mean()
+        return found
+
+    def _motion(self, target: Tensor, source: Tensor, sigma: Tensor) -> tuple[float, Tensor]:
+        """Mean square of how the frame differences of the clean latents differ; its slope at the noised target."""
+        signal, _ = noise_space(self._guider.model_patcher).signal_and_noise(sigma)
+        frames = 0 if target.ndim == 4 else 2
+        moved = ((target - source) / signal).diff(dim=frames)
+        slope = torch.zeros_like(target)
+        slope.narrow(frames, 1, moved.shape[frames]).add_(moved)
+        slope.narrow(frames, 0, moved.shape[frames]).sub_(moved)
+        return float(moved.square().mean()), 2 * slope / (moved.numel() * signal)
+
+    # --- calls of the model ---------------------------------------------
+
+    def _predict(self, prompt: str, x: Tensor, sigma: Tensor, tap: AttentionTap | None = None) -> Tensor:
+        options = self._options if tap is None else tap.install(self._options)
+        cond = leading_cond(self._guider.conds[prompt], sigma, prompt)
+        return predict(self._guider.inner_model, x, sigma * x.new_ones(x.shape[0]), cond, options)
+
+    def _metered(self, prompt: str, x: Tensor, sigma: Tensor) -> Tensor:
+        """The same; the first time it also learns what a gradient takes, and has the host make room."""
+        if self._measured:
+            return self._predict(prompt, x, sigma)
+        patcher = self._guider.model_patcher
+        meter = ActivationMeter(self._guider.inner_model.diffusion_model, family_of(patcher))
+        with meter.open():
+            seen = self._predict(prompt, x, sigma)
+        self._measured, memory = True, meter.memory
+        models = [patcher, *self._guider.loaded_models]
+        needed = memory.total(checkpointing=self._low_memory)
+        comfy.model_management.load_models_gpu(models, memory_required=needed)
+        if not self._low_memory and needed > comfy.model_management.get_free_memory(patcher.load_device):
+            log.info("Video DDS: keeps no activations, %.1f GB would not fit", needed / 1e9)
+            self._low_memory = True
+        return seen
+
+    def _guided(self, seen: Mapping[str, Tensor], x: Tensor, sigma: Tensor) -> Tensor:
+        sigmas, options = sigma * x.new_ones(x.shape[0]), self._options
+        text, negative = seen["text"], seen["negative"]
+        return comfy.samplers.cfg_function(
+            self._guider.inner_model, text, negative, self._settings.cfg, x, sigmas, model_options=options
+        )
+
+
+def optimise(
+    model,
+    source_positive,
+    positive,
+    negative,
+    latent: Tensor,
+    settings: Distillation,
+    *,
+    seed: int,
+    mask=None,
+    callback=None,
+) -> tuple[Tensor, list[tuple[float, dict[str, float]]]]:
+    """The optimised latent, as in the graph, and (t, losses by name) of each step.
+
+    model: ModelPatcher; the rest are the host's CONDITIONING and samples of a LATENT; mask (F, h, w) on its grid.
+    ValueError for a latent that is not a clip of this model, a prompt that is missing, a regulariser it cannot have.
+    """
+    check_clip_latent(latent, model)
+    for name, cond in ((SOURCE_POSITIVE, source_positive), ("positive", positive), ("negative", negative)):
+        if not cond:
+            raise ValueError(f"{name}: it holds no prompt; connect a CLIP Text Encode")
+    kinds = {layer.kind for layer in attention_layers(model).values()}
+    if settings.weights.get(RELEVANCE) and "temporal" not in kinds:
+        raise ValueError(
+            f"str: {family_of(model).name} has no temporal attention, which the STR score is built from; set it to 0"
+        )
+    guider = comfy.samplers.CFGGuider(model)
+    guider.inner_set_conds({"positive": positive, "negative": negative, SOURCE_POSITIVE: source_positive})
+    guider.set_cfg(settings.cfg)
+    sampler = DistillationSampler(settings, seed, mask)
+    sampling = model.get_model_object("model_sampling")
+    sigmas = torch.tensor([float(sampling.percent_to_sigma(1 - settings.t_range[1])), 0.0])
+    samples = guider.sample(
+        torch.zeros_like(latent), latent, sampler, sigmas, callback=callback, disable_pbar=True, seed=seed
+    )
+    return samples, sampler.curve

@@ -1,0 +1,168 @@
+"""Video DDS inside the host: gradients against finite differences, what the mask keeps, what a run leaves alone."""
+
+import comfy.model_management as management
+import pytest
+import torch
+from spacetime_edit.host import distillation
+from spacetime_edit.host.distillation import (
+    MOTION,
+    RELEVANCE,
+    SOURCE_POSITIVE,
+    SPATIAL,
+    TEMPORAL,
+    Distillation,
+    key_blocks,
+    optimise,
+)
+from spacetime_edit.tests.host import support
+
+FRAMES, SIDE = 3, 8
+EVERY = {SPATIAL: 0.3, TEMPORAL: 0.1, RELEVANCE: 0.2, MOTION: 0.1}
+
+
+def clip(seed=0, frames=FRAMES):
+    return torch.randn(frames, 4, SIDE, SIDE, generator=torch.Generator().manual_seed(seed))
+
+
+def settings_of(model, **options):
+    return Distillation(**{"steps": 2, "cfg": 3.0, "weights": EVERY, "blocks": key_blocks(model)} | options)
+
+
+def prompts(tiny, target=support.EDIT_PROMPT):
+    return support.encode(tiny), support.encode(tiny, target), support.encode(tiny, "")
+
+
+def run(tiny, latent=None, target=support.EDIT_PROMPT, seed=0, mask=None, model=None, **options):
+    model = model or tiny.model
+    settings = settings_of(model, **options)
+    return optimise(model, *prompts(tiny, target), clip() if latent is None else latent, settings, seed=seed, mask=mask)
+
+
+def looked(tiny, function, **options):
+    """function(looks, target_t, source_t, sigma) inside a real run of the host."""
+    source, target, negative = prompts(tiny)
+    guider = support.guider_of(tiny.model, target, negative, 3.0)
+    guider.inner_set_conds({"positive": target, "negative": negative, SOURCE_POSITIVE: source})
+    settings = settings_of(tiny.model, **options)
+
+    def at(guider, x, sigma, extra_args):
+        looks = distillation._Looks(settings, guider, extra_args["model_options"])
+        return function(looks, x, x + 0.5 * clip(1), sigma)
+
+    return support.at_one_sigma(guider, 2 * clip(), at)
+
+
+@pytest.mark.parametrize("branch", ["text", "negative"])
+@pytest.mark.parametrize("name", EVERY)
+def test_each_regularisers_gradient_is_that_of_finite_differences(tiny, name, branch):
+    """Also its checkpointed form."""
+    direction = clip(2) / clip(2).norm()
+
+    def at(looks, target, source, sigma):
+        value = lambda x: looks(x, source, sigma).regularisers[name][0]  # noqa: E731
+        step = 0.05
+        slope = (value(target + step * direction) - value(target - step * direction)) / (2 * step)
+        gradient = looks(target, source, sigma).regularisers[name][1]
+        looks._low_memory = True
+        return slope, gradient, looks(target, source, sigma).regularisers[name][1]
+
+    slope, gradient, lean = looked(tiny, at, branch=branch, weights={name: 1.0})
+    along = float((gradient * direction).sum())
+    assert abs(along - slope) < 0.03 * float(gradient.norm()) and gradient.norm() > 0
+    assert support.relative(lean, gradient) < 1e-4
+
+
+def test_several_regularisers_have_the_gradients_that_each_has_alone(tiny):
+    at = lambda looks, *arguments: looks(*arguments).regularisers  # noqa: E731
+    together = looked(tiny, at)
+    lean = looked(tiny, at, low_memory=True)
+    assert set(together) == set(EVERY)
+    for name in EVERY:
+        alone = looked(tiny, at, weights={name: 1.0})
+        assert support.relative(together[name][1], alone[name][1]) < 1e-5
+        assert support.relative(lean[name][1], together[name][1]) < 1e-4
+
+
+def test_predictions_are_the_guiders_own(tiny):
+    denoised, other = looked(tiny, lambda looks, *a: (looks(*a).denoised, looks(*a).denoised_source))
+    source, target, negative = prompts(tiny)
+    for prompt, x, seen in ((target, 2 * clip(), denoised), (source, 2 * clip() + 0.5 * clip(1), other)):
+        wanted = support.prediction(tiny.model, prompt, x, negative, 3.0)
+        assert support.relative(seen, wanted) < 1e-4
+
+
+def test_equal_prompts_change_nothing(tiny):
+    edited, curve = run(tiny, target=support.SOURCE_PROMPT)
+    assert support.relative(edited, clip()) < 1e-4
+    assert all(losses["score"] < 1e-6 for _, losses in curve)
+
+
+def test_an_edit_moves_and_the_seed_decides(tiny):
+    before = torch.get_rng_state()
+    first, curve = run(tiny, seed=3)
+    again, other = run(tiny, seed=3)[0], run(tiny, seed=4)[0]
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert support.relative(first, clip()) > 1e-3
+    assert len(curve) == 2 and all(set(losses) == {"score", *EVERY} and 0 < t < 1 for t, losses in curve)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_outside_the_mask_the_score_changes_no_bit(tiny):
+    mask = torch.zeros(FRAMES, SIDE, SIDE)
+    mask[:, :, :4] = 1
+    edited, _ = run(tiny, mask=mask, weights={})
+    untouched, _ = run(tiny, mask=torch.zeros_like(mask), weights={})
+    assert torch.equal(edited[..., 4:], untouched[..., 4:]) and not torch.equal(edited[..., :4], untouched[..., :4])
+    torch.testing.assert_close(untouched, clip(), atol=1e-5, rtol=1e-5)
+
+
+def test_plain_score_distillation_needs_no_source(tiny):
+    counter = support.CallCounter(tiny.model)
+    plain, _ = run(tiny, model=counter.model, weights={}, delta=False)
+    assert counter.calls == 2 * 2  # two prompts, two steps
+    assert support.relative(plain, run(tiny, weights={})[0]) > 1e-3
+
+
+@pytest.mark.parametrize("weights", [{}, {SPATIAL: 0.3, TEMPORAL: 0.1}], ids=["score", "held by keys"])
+def test_sd15_takes_frames_as_a_batch(weights):
+    model = support.sd15_model()
+    conds = [support.sd15_conditioning(seed) for seed in range(3)]
+    edited, _ = optimise(model, *conds, clip(), settings_of(model, weights=weights), seed=0)
+    assert edited.isfinite().all() and support.relative(edited, clip()) > 1e-4
+
+
+def test_a_run_leaves_everything_as_it_was(tiny):
+    before = support.Untouched(tiny.model)
+    run(tiny)
+    run(tiny, low_memory=True)
+    assert before.changed() == []
+
+
+def test_an_interrupt_leaves_everything_as_it_was_and_the_next_run_is_right(tiny):
+    wanted, _ = run(tiny)
+    before = support.Untouched(tiny.model)
+    for call in range(1, 9):
+        counter = support.CallCounter(
+            tiny.model, lambda n, call=call: management.interrupt_current_processing(True) if n == call else None
+        )
+        with pytest.raises(management.InterruptProcessingException):
+            run(tiny, model=counter.model)
+        assert before.changed() == []
+    assert torch.equal(run(tiny)[0], wanted)
+
+
+def test_what_cannot_work_is_refused_before_the_run(tiny):
+    with pytest.raises(ValueError, match="t_min, t_max: they are 0.9 and 0.1"):
+        Distillation(t_range=(0.9, 0.1))
+    with pytest.raises(ValueError, match="layers: 'd9' asks for d9"):
+        key_blocks(tiny.model, "d9")
+    with pytest.raises(ValueError, match="negative: it holds no prompt"):
+        optimise(tiny.model, support.encode(tiny), support.encode(tiny), [], clip(), settings_of(tiny.model), seed=0)
+    model = support.sd15_model()
+    conds = [support.sd15_conditioning(seed) for seed in range(3)]
+    with pytest.raises(ValueError, match="str: SD 1.5 has no temporal attention"):
+        optimise(model, *conds, clip(), settings_of(model), seed=0)
+
+
+def test_keys_are_those_of_the_way_up_where_none_are_named(tiny):
+    assert key_blocks(tiny.model) == {"u0", "u1", "u2", "u3"} and key_blocks(tiny.model, "d0, u1") == {"d0", "u1"}
