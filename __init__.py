@@ -16,6 +16,7 @@ async def comfy_entrypoint():
     from .nodes.invert_video import InvertVideo
     from .nodes.load_model import LoadVideoDiffusersModel
     from .nodes.load_trajectory import LoadTrajectory
+    from .nodes.mask_from_boxes import MaskFromBoxes
     from .nodes.predict_cost import PredictCost
     from .nodes.preview_regions import PreviewRegions
     from .nodes.preview_relevance import PreviewRelevance
@@ -28,6 +29,7 @@ async def comfy_entrypoint():
     from .nodes.st_layout_patch import STLayoutAttentionPatch
     from .nodes.str_optimizer import STRLatentOptimizer
     from .nodes.sweep_lambda import SweepLambda
+    from .nodes.video_dds import VideoDDSOptimize
 
     class SpacetimeEdit(ComfyExtension):
         async def get_node_list(self):
@@ -53,6 +55,8 @@ async def comfy_entrypoint():
                 InflateAttention,
                 STLayoutAttentionPatch,
                 PreviewTokenAttention,
+                MaskFromBoxes,
+                VideoDDSOptimize,
             ]
 
     return SpacetimeEdit()

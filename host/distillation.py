@@ -24,7 +24,7 @@ from .checkpointing import checkpointed
 from .families import attention_layers, family_of, noise_space, select_blocks
 from .features import FeatureRecorder
 from .gradients import latent_gradients, normal_tensor, predict
-from .latents import check_clip_latent, mask_like
+from .latents import check_clip_latent, grid_mask_of, mask_like
 from .memory import ActivationMeter
 from .relevance_matching import HALF_PRECISION_SCALE, leading_cond
 
@@ -58,9 +58,14 @@ class Distillation:
     low_memory: bool = False
 
     def __post_init__(self):
-        low, high = self.t_range
-        if not 0 < low < high < 1:
-            raise ValueError(f"t_min, t_max: they are {low} and {high}; expected 0 < t_min < t_max < 1")
+        check_times(self.t_range)
+
+
+def check_times(t_range: tuple[float, float]) -> None:
+    """ValueError unless it is a range of normalised times, without pure noise and without none."""
+    low, high = t_range
+    if not 0 < low < high < 1:
+        raise ValueError(f"t_min, t_max: they are {low} and {high}; expected 0 < t_min < t_max < 1")
 
 
 def key_blocks(model, layers: str = "") -> frozenset[str]:
@@ -323,19 +328,21 @@ class _Looks:
 
 def optimise(
     model,
-    source_positive,
-    positive,
-    negative,
+    source_positive: list,
+    positive: list,
+    negative: list,
     latent: Tensor,
     settings: Distillation,
     *,
     seed: int,
-    mask=None,
+    mask: Tensor | None = None,
+    dilation: float = 0.0,
     callback=None,
 ) -> tuple[Tensor, list[tuple[float, dict[str, float]]]]:
     """The optimised latent, as in the graph, and (t, losses by name) of each step.
 
-    model: ModelPatcher; the rest are the host's CONDITIONING and samples of a LATENT; mask (F, h, w) on its grid.
+    model: ModelPatcher; the rest are the host's CONDITIONING and samples of a LATENT; mask (F, H, W) of any
+    size, 1 = edit, grown by `dilation` pixels of the clip.
     ValueError for a latent that is not a clip of this model, a prompt that is missing, a regulariser it cannot have.
     """
     check_clip_latent(latent, model)
@@ -350,7 +357,7 @@ def optimise(
     guider = comfy.samplers.CFGGuider(model)
     guider.inner_set_conds({"positive": positive, "negative": negative, SOURCE_POSITIVE: source_positive})
     guider.set_cfg(settings.cfg)
-    sampler = DistillationSampler(settings, seed, mask)
+    sampler = DistillationSampler(settings, seed, None if mask is None else grid_mask_of(mask, latent, model, dilation))
     sampling = model.get_model_object("model_sampling")
     sigmas = torch.tensor([float(sampling.percent_to_sigma(1 - settings.t_range[1])), 0.0])
     samples = guider.sample(

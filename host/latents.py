@@ -1,6 +1,10 @@
 """Latents as the host keeps them, seen as frames: [F, C, h, w] (U-Nets) or [1, C, F, h, w] (video DiTs)."""
 
+import math
+
 from torch import Tensor
+
+from ..core.masks import latent_mask
 
 
 def frame_count(latent: Tensor) -> int:
@@ -11,6 +15,17 @@ def frame_count(latent: Tensor) -> int:
 def mask_like(mask: Tensor, latent: Tensor) -> Tensor:
     """A mask (F, h, w) shaped to broadcast over a latent of either layout, on its device."""
     return (mask[:, None] if latent.ndim == 4 else mask[None, None]).to(latent)
+
+
+def grid_mask_of(mask: Tensor, latent: Tensor, model, dilation: float) -> Tensor:
+    """`mask` (F, H, W) of any size, dilated by `dilation` pixels of the clip, on the grid of its latent: (F, h, w).
+
+    ValueError unless it has one frame or the latent's, and the dilation is a length.
+    """
+    if not (math.isfinite(dilation) and dilation >= 0):
+        raise ValueError(f"dilation: it is {dilation}; expected a number of pixels of at least 0")
+    cell = model.model.latent_format.spacial_downscale_ratio
+    return latent_mask(mask, frame_count(latent), *latent.shape[-2:], dilation=dilation, cell=cell)
 
 
 def check_clip_latent(latent: Tensor, model) -> None:

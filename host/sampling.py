@@ -7,7 +7,6 @@ functions on z. STR matching is a before-step function, latent blend an after-st
 import contextlib
 import copy
 import logging
-import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from comfy.model_patcher import create_model_options_clone
 from comfy.patcher_extension import merge_nested_dicts
 from torch import Tensor
 
-from ..core.masks import blend, latent_mask
+from ..core.masks import blend
 from ..core.parametrization import (
     NoiseSpace,
     add_noise,
@@ -33,7 +32,7 @@ from ..core.parametrization import (
 from ..core.trajectory import Trajectory
 from .families import noise_space
 from .inflation import inflation_of
-from .latents import check_clip_latent, frame_count, mask_like
+from .latents import check_clip_latent, grid_mask_of, mask_like
 
 log = logging.getLogger("spacetime_edit")
 
@@ -340,11 +339,7 @@ def grid_mask(mask: Tensor, trajectory: Trajectory, dilation: float) -> Tensor:
 
     ValueError unless it has one frame or the trajectory's, and the dilation is a length.
     """
-    if not (math.isfinite(dilation) and dilation >= 0):
-        raise ValueError(f"dilation: it is {dilation}; expected a number of pixels of at least 0")
-    latent = trajectory.latents[-1]
-    cell = trajectory.model.model.latent_format.spacial_downscale_ratio
-    return latent_mask(mask, frame_count(latent), *latent.shape[-2:], dilation=dilation, cell=cell)
+    return grid_mask_of(mask, trajectory.latents[-1], trajectory.model, dilation)
 
 
 def _frames_of(denoise_mask: Tensor) -> Tensor:

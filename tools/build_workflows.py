@@ -244,6 +244,38 @@ def edit_regions(
     return positive, patched
 
 
+def dds(graph: Graph, name: str, *, edit: int = use.NEW_COLOR, masked: bool = False, polished: bool = False) -> None:
+    """DreamMotion on the embedded model. masked: by boxes; polished: then inverted, and matched by STR-Match."""
+    model, clip = load(graph, use.ONE_OBJECT, edit)
+    graph.group("Encode")
+    source, latent = encode(graph, model, clip["images"], clip["source_prompt"])
+    positive = graph.add("CLIPTextEncode", "Prompt: the edit", "green", text=clip["edit_prompt"], clip=model["CLIP"])
+    negative = graph.add("CLIPTextEncode", "Negative prompt", "red", text="", clip=model["CLIP"])
+    where = {}
+    if masked:
+        graph.group("Where")
+        boxes = graph.add("STE_MaskFromBoxes", images=clip["images"], boxes=use.DDS_BOXES)
+        where = {"mask": boxes["mask"]}
+    graph.group("Optimise")
+    prompts_of = {"source_positive": source, "positive": positive, "negative": negative}
+    conds = {key: node["CONDITIONING"] for key, node in prompts_of.items()}
+    settings = use.TINY_DDS | ({"steps": use.POLISHED_STEPS} if polished else {})
+    moved = graph.add(
+        "STE_VideoDDSOptimize", model=model["MODEL"], latent=latent["LATENT"], **conds, **where, **settings
+    )
+    if polished:
+        graph.group("Invert the edit")
+        trajectory = inversion(graph, model, positive, moved["latent"], use.TINY_STEPS)
+        late = graph.add("SplitSigmas", "The later steps", sigmas=trajectory["sigmas"], step=use.POLISH_FROM)
+        graph.group("Polish by STR-Match")
+        sampler = str_sampler(graph, trajectory, **use.TINY_MATCHING)
+        inverted = Source(model, moved["latent"], {"sigmas": late["low_sigmas"]})
+        moved = sample(graph, inverted, (positive, negative), sampler["sampler"], use.TINY_CFG)
+    graph.group("Result")
+    edited = graph.add("VAEDecode", samples=moved["output" if polished else "latent"], vae=model["VAE"])["IMAGE"]
+    save(graph, clip["images"], clip["fps"], edited, name)
+
+
 def save_and_load(graph: Graph, name: str) -> None:
     """An edit whose inversion is saved, and the same edit from the file, muted until there is one."""
     model, clip = load(graph, use.ONE_OBJECT)
@@ -303,6 +335,30 @@ def zeroscope(graph: Graph) -> None:
     film = graph.add("CreateVideo", images=pair["IMAGE"], fps=parts["fps"])
     prefix = "spacetime_edit/zeroscope_compared"
     graph.add("SaveVideo", title="Film: clip | edit", video=film["VIDEO"], filename_prefix=prefix)
+
+
+def dds_zeroscope(graph: Graph) -> None:
+    """DreamMotion on real weights and a clip of the user's."""
+    graph.group("Load")
+    model = graph.add("STE_LoadVideoDiffusersModel", model_name=use.ZEROSCOPE)
+    model.models = [{"name": use.ZEROSCOPE, "url": use.ZEROSCOPE_URL, "directory": "diffusers"}]
+    file = graph.add("LoadVideo", title="Your clip: choose a file", file="")
+    graph.column()
+    parts = graph.add("GetVideoComponents", video=file["VIDEO"])
+    size = {"max_frames": use.DDS_FRAMES, "max_side": use.ZEROSCOPE_SIDE}
+    clip = graph.add("STE_FitClipToModel", images=parts["images"], model=model["MODEL"], **size)
+    graph.group("Encode")
+    source, latent = encode(graph, model, clip["images"], "a red car drives along a road")
+    positive, negative = prompts(graph, model, "a red car drives along a road, oil painting", group="Optimise")
+    conds = {"source_positive": source["CONDITIONING"], "positive": positive["CONDITIONING"]}
+    conds["negative"] = negative["CONDITIONING"]
+    moved = graph.add("STE_VideoDDSOptimize", model=model["MODEL"], latent=latent["LATENT"], **conds)
+    graph.group("Result")
+    edited = graph.add("VAEDecode", samples=moved["latent"], vae=model["VAE"])["IMAGE"]
+    graph.column()
+    pair = graph.add("ImageStitch", title="Clip | edit", image1=clip["images"], image2=edited)
+    film = graph.add("CreateVideo", images=pair["IMAGE"], fps=parts["fps"])
+    graph.add("SaveVideo", title="Film: clip | edit", video=film["VIDEO"], filename_prefix="spacetime_edit/dreammotion")
 
 
 def sd15(graph: Graph, name: str, *, tracked: bool) -> None:
@@ -478,6 +534,10 @@ TEMPLATES: dict[str, tuple[str, Callable]] = {  # name: key of the notes and of 
     "Only the background - ST-Layout with STR-Match (tiny)": ("background", background),
     "Regions without masks - ST-Layout from attention (tiny)": ("from_attention", from_attention),
     "Object and background at once - ST-Layout with STR-Match (tiny)": ("layout_video", layout_video),
+    "Recolour the clip - DreamMotion (tiny)": ("dds", dds),
+    "Recolour inside a box - DreamMotion (tiny)": ("dds_mask", partial(dds, masked=True)),
+    "Recolour, then polish - DreamMotion with STR-Match (tiny)": ("dds_polish", partial(dds, polished=True)),
+    "Restyle a clip - DreamMotion (Zeroscope)": ("dds_zeroscope", lambda graph, name: dds_zeroscope(graph)),
     "Several objects - ST-Layout with ControlNet (SD 1.5)": ("sd15", partial(sd15, tracked=False)),
     "Several objects - ST-Layout with SAM3 and ControlNet (SD 1.5)": ("sd15_sam3", partial(sd15, tracked=True)),
     "Delete an object - STR-Match (tiny)": ("delete", partial(tiny, **DELETE)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from template_settings import (
     COMPARED_LAMBDAS,
+    DDS_FRAMES,
     DEPTH_MODEL,
     DEPTH_NET,
     SAM3,
@@ -106,6 +107,35 @@ Press **Run**: the left object becomes a blue triangle, the right one a yellow c
 **Regions from Attention** asks the model which pixels of all frames belong together, and numbers the regions from the \
 largest. Each line of its **phrases** belongs to one number; the first line is empty, because number 1 is the \
 background.""",
+    "dds": f"""## DreamMotion
+Press **Run**: the red circle becomes a blue one, by optimising the clip itself. {NOTHING_NEEDED}
+
+1. Nothing is inverted and nothing is sampled: **Video DDS Optimize** begins with the latent of the clip.
+2. Each step asks what the model says of the clip with the first prompt and of the edit with the second; the \
+difference moves the edit. **s_ssm** and **t_ssm** hold layout and motion.
+
+Watch the preview in the node: the colour changes bit by bit. This tiny model is done after 60 steps of size 1; real \
+ones want 200 of 0.4.""",
+    "dds_mask": f"""## DreamMotion inside a box
+Press **Run**: the red circle becomes a blue one, and the prompt changes nothing outside the box. {NOTHING_NEEDED}
+
+**Mask from Boxes** has a box for the first and for the last frame; between them it moves evenly.""",
+    "dds_polish": f"""## DreamMotion, then STR-Match
+Press **Run**: two methods, one after the other. {NOTHING_NEEDED}
+
+1. **Video DDS Optimize** changes the colour in few steps; edges are left a little worn.
+2. The result is inverted with the prompt of the edit, and the later half of the steps is sampled again. **STR Latent \
+Optimizer** holds every place while the model draws clean edges.""",
+    "dds_zeroscope": f"""## DreamMotion on Zeroscope
+**Download** all of [{ZEROSCOPE}]({ZEROSCOPE_URL}) in diffusers layout (folders `unet`, `vae`, `text_encoder`, \
+`tokenizer`) to
+
+`ComfyUI/models/diffusers/{ZEROSCOPE}`
+
+and press **R** to refresh. Then choose your clip, write what it shows and what it should show, and run.
+
+{DDS_FRAMES} frames: each step takes four passes of the model and two backward passes, so more frames take long. With \
+200 steps it is as much work as some 400 steps of sampling with CFG.""",
     "sd15": f"""## Several objects on SD 1.5
 {SD15_FILES}. Press **R**, choose your clip, write what it shows and what it shall show, and run.
 
@@ -207,6 +237,21 @@ stay more. (At 0 there is no match and no curve: that is the template *prompt sw
 - **phrases** empty: all regions are shown, and the edit has none to go by.
 - **kinds** 4 and 5: what else does the model tell apart?
 - clips 05 and 06, with two objects of one shape.""",
+    "dds": """### Try
+- **edit** 2 in *Load Example Clip*: another shape. Self-similarity holds the old one; **s_ssm** 0 lets it go.
+- **s_ssm** and **t_ssm** 0: the circle wanders.
+- **score** *plain*: score distillation alone, which is what DreamMotion improves on.""",
+    "dds_mask": """### Try
+- a box that is too small, and one that is too large.
+- without the mask.
+- **dilation** 4.""",
+    "dds_polish": """### Try
+- *The later steps* from 5: more is drawn anew. From 15: less.
+- **lambda** 0: the same without STR-Match.""",
+    "dds_zeroscope": """### Try
+- **Mask from Boxes** to **mask**: only what lies in the boxes follows the new prompt.
+- **steps** 100 for a first look.
+- **s_ssm** 0.1 if nothing changes, 0.6 if too much does.""",
     "sd15": """### Try
 - **shared_norms** in *Inflate Attention to Video* if brightness flickers.
 - **levels** *2,4,8* there: much faster, details agree less.
