@@ -1,6 +1,6 @@
 """Write workflows/<name>.jpg for every template: left half source, right half edit.
 
-    python tools/build_thumbnails.py [--only WORDS]
+    python tools/build_thumbnails.py [--only WORDS | --missing]
 
 Runs the tiny templates on a live server; a thumbnail is the middle frame of the template's own `clip | edit` film. A
 template that needs a download gets the tiny result of STR-Match, grey, with the model's name on it.
@@ -15,7 +15,7 @@ from pathlib import Path
 from pack import host_path
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from server import LiveServer
-from templates import api_path, is_tiny, read, templates
+from templates import WORKFLOWS, api_path, is_tiny, read, templates
 
 STAND_IN = "Swap an object - STR-Match (tiny)"
 SIZE = (512, 256)
@@ -49,13 +49,20 @@ def labelled(picture: Image.Image, text: str) -> Image.Image:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="of tiny templates, those with these words in their name")
-    only = parser.parse_args().only
+    parser.add_argument("--missing", action="store_true", help="those that have no picture yet")
+    arguments = parser.parse_args()
+    only = arguments.only
     chosen = [template for template in templates() if only in template.stem and (is_tiny(template) or not only)]
+    if arguments.missing:
+        chosen = [template for template in chosen if not template.with_suffix(".jpg").exists()]
     pictures = {}
     with LiveServer(host_path()) as server:
         for template in filter(is_tiny, chosen):
             pictures[template] = middle_frame(film_of(server, template))
     stand_in = next((picture for template, picture in pictures.items() if template.stem == STAND_IN), None)
+    if stand_in is None and (before := WORKFLOWS / f"{STAND_IN}.jpg").exists():
+        with Image.open(before) as image:
+            stand_in = image.convert("RGB")
     for template in chosen:
         name_of_model = re.search(r"\((.+)\)$", template.stem)[1]
         picture = pictures.get(template) or labelled(stand_in, name_of_model)
