@@ -69,8 +69,8 @@ SD15_TRACKED = "man:1, dog:1"
 SD15_PHRASES = "an astronaut\na polar bear"
 SD15_FOUND = "\nan astronaut\na polar bear"  # by number: the background, then what is larger
 
-TINY_DDS = {"steps": 60, "step_size": 1.0, "cfg": TINY_CFG}
-POLISHED_STEPS = 40
+TINY_DDS = {"steps": 32, "step_size": 1.6, "cfg": TINY_CFG}
+POLISHED_STEPS = 24
 POLISH_FROM = 10  # of TINY_STEPS
 DDS_BOXES = "0: 0, 5, 34, 34\n7: 23, 21, 34, 34"
 DDS_FRAMES = 8
