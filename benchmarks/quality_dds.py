@@ -1,0 +1,157 @@
+"""DreamMotion and its ablations on the embedded model, where the truth is known.
+
+    python benchmarks/quality_dds.py [--seed 0] [--n 8] [--steps 32] [--step-size 1.6] [--only GROUP ...] [--json PATH]
+
+One object gets another colour or another shape. Every method optimises the clip's own latent, with the same noises.
+
+    losses      score distillation (SDS), delta denoising score (DDS), with S-SSM, with T-SSM, with both (DreamMotion),
+                with the true mask; with STR relevance too; with frame differences instead
+    layers      which keys are compared, under which prompt, and fixed weights
+    masks       the mask exact, eroded, dilated, shifted, half missing
+
+Rows: the unedited copy, the true edit through the VAE, prompt swap by sampling. Columns: those of `quality_str`; frame
+consistency, the mean cosine of neighbouring frames; saturation drift, the change of the mean saturation inside the
+object against the true edit.
+"""
+# ruff: noqa: E402 (the pack is loaded before it is imported)
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
+from pack import load_pack
+
+load_pack()
+
+from spacetime_edit.benchmarks import _figures as figures
+from spacetime_edit.benchmarks._cases import Case, make_cases
+from spacetime_edit.benchmarks._cases import measure as measure_edit
+from spacetime_edit.benchmarks._editing import Editor, Settings, copy, run, swap, through_vae
+from spacetime_edit.core.masks import dilate
+from spacetime_edit.core.trajectory import Trajectory
+from spacetime_edit.host.distillation import MOTION, RELEVANCE, SPATIAL, TEMPORAL, Distillation, key_blocks, optimise
+from spacetime_edit.tools.shape_world import world
+
+COPY, CEILING, SWAP = "unedited copy", "true edit through VAE", "prompt swap"
+SDS, DDS, WITH_S, WITH_T = "SDS", "DDS", "DDS + S-SSM", "DDS + T-SSM"
+FULL, MASKED = "DreamMotion (both)", "DreamMotion + true mask"
+HELD = {SPATIAL: 0.3, TEMPORAL: 0.1}
+COLUMNS = figures.COLUMNS | {"consistency": "consist", "saturation": "satur"}
+PAIRS = [(DDS, SDS), (WITH_S, DDS), (WITH_T, DDS), (FULL, DDS), (MASKED, FULL), (FULL, SWAP)]
+
+
+def measure(case: Case, frames: Tensor, reconstruction: Tensor) -> dict[str, float]:
+    truth, _ = world.render(case.target)
+    inside = case.edited_masks[0][:, None]
+    colour = [(x * inside).sum((0, 2, 3)) / inside.sum() for x in (frames, truth)]
+    saturation = [float(c.max() - c.min()) for c in colour]
+    flat = frames.flatten(1) - 0.5
+    return measure_edit(case, frames, reconstruction) | {
+        "consistency": float(cosine_similarity(flat[1:], flat[:-1]).mean()),
+        "saturation": saturation[0] - saturation[1],
+    }
+
+
+Change = Callable[[Tensor], Tensor]
+
+
+def optimised(
+    settings: dict, weights: dict | None = None, mask: Change | None = None, layers: str = "", **options
+) -> Callable[[Editor, Case, Trajectory], Tensor]:
+    """A run of the loop; mask: what is made of the true one, None: no mask."""
+
+    def edit(editor: Editor, case: Case, trajectory: Trajectory) -> Tensor:
+        prompts = [editor.prompt(text) for text in (world.caption(case.source), world.caption(case.target), "")]
+        chosen = Distillation(weights=weights or {}, blocks=key_blocks(editor.model, layers), **settings, **options)
+        latent = editor.encode(world.render(case.source)[0])
+        where = {} if mask is None else {"mask": mask(case.edited_masks[0]), "dilation": editor.settings.dilation}
+        return editor.decode(optimise(editor.model, *prompts, latent, chosen, seed=case.seed, **where)[0])
+
+    return edit
+
+
+def exact(mask: Tensor) -> Tensor:
+    return mask
+
+
+def grown(mask: Tensor, px: int) -> Tensor:
+    """By `px`, or smaller by as many where that is below 0."""
+    return dilate(mask, px) if px >= 0 else 1 - dilate(1 - mask, -px)
+
+
+def half_missing(mask: Tensor) -> Tensor:
+    """Nothing in the second half of the frames."""
+    mask = mask.clone()
+    mask[len(mask) // 2 :] = 0
+    return mask
+
+
+def methods(settings: dict) -> dict[str, dict[str, Callable]]:
+    make = partial(optimised, settings)
+    losses = {
+        COPY: copy,
+        CEILING: through_vae,
+        SWAP: swap(),
+        SDS: make(delta=False),
+        DDS: make(),
+        WITH_S: make({SPATIAL: HELD[SPATIAL]}),
+        WITH_T: make({TEMPORAL: HELD[TEMPORAL]}),
+        FULL: make(HELD),
+        MASKED: make(HELD, exact),
+        "DreamMotion + STR": make(HELD | {RELEVANCE: 0.3}),
+        "DDS + frame difference": make({MOTION: 0.3}),
+    }
+    layers = {
+        FULL: make(HELD),
+        "keys of u0-u1": make(HELD, layers="u0-u1"),
+        "keys of d0-d1,m0": make(HELD, layers="d0-d1,m0"),
+        "keys under the negative prompt": make(HELD, branch="negative"),
+        "S-SSM 1, T-SSM 0.3": make({SPATIAL: 1.0, TEMPORAL: 0.3}),
+    }
+    masks = {
+        MASKED: make(HELD, exact),
+        **{f"grown by {px} px": make(HELD, partial(grown, px=px)) for px in (-3, -2, -1, 1, 2, 3)},
+        **{f"shifted by {px} px": make(HELD, lambda m, px=px: m.roll(px, -1)) for px in (1, 2, 3)},
+        "half missing": make(HELD, half_missing),
+    }
+    return {"losses": losses, "layers": layers, "masks": masks}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=("losses", "layers", "masks"), nargs="+", default=["losses"])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--n", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=32)
+    parser.add_argument("--step-size", type=float, default=1.6)
+    parser.add_argument("--json", type=Path, help="also write rows, intervals and every clip's figures here")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    settings = {"steps": arguments.steps, "step_size": arguments.step_size, "cfg": Settings().cfg}
+    report = {"seed": arguments.seed, "n": arguments.n, "settings": settings}
+    with torch.inference_mode():
+        editor = Editor(Settings())
+        for group in arguments.only:
+            cases = make_cases(group, arguments.seed, arguments.n)
+            records = run(editor, cases, methods(settings)[group], measure)
+            rows = figures.summarise(records, COLUMNS)
+            comparisons = figures.compare(records, PAIRS, arguments.seed)
+            print(figures.format_rows(rows, COLUMNS), figures.format_comparisons(comparisons), sep="\n")
+            report[group] = {"rows": rows, "comparisons": comparisons, "clips": records}
+            if arguments.json:
+                arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
