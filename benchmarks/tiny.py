@@ -18,12 +18,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 import numpy as np
@@ -207,10 +209,16 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def end_with_parent() -> None:
+    """Ends this worker when the benchmark is stopped: a pool's workers would go on."""
+    threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
+
+
 def main() -> int:
     arguments = parse_arguments()
     report = {"seed": arguments.seed, "n": arguments.n}
-    with ProcessPoolExecutor(arguments.processes, mp_context=get_context("spawn")) as pool:
+    context = get_context("spawn")
+    with ProcessPoolExecutor(arguments.processes, mp_context=context, initializer=end_with_parent) as pool:
 
         def each(function: Callable[[int], dict], n: int) -> list[dict]:
             return list(pool.map(function, range(n), chunksize=4))
