@@ -255,7 +255,9 @@ class AttentionTap:
         joined = len(self._run.frames) if inflated and inflation.keys == "all frames" else 1
         grid = _grid(layer.kind, query.shape[0], query.shape[2] // joined, self._run)
         call = AttentionCall(layer, query, key, value, scale, grid, self._run, mask, attend, inflation, inflated)
-        if inflation is None or not inflation.at(call.level):
+        if inflation is None:
+            return call
+        if not inflation.at(call.level):
             return replace(call, inflation=None)
         if mask is not None:
             raise ValueError(f"model: {layer.path} masks its attention, which cannot be inflated to several frames")

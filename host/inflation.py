@@ -6,10 +6,11 @@ see the same attention wherever they sit in the chain.
 
 import contextlib
 import re
+from collections.abc import Sequence
 
 from ..core.inflation import Inflation
 from .attention_tap import INFLATION, AttentionTap
-from .families import Family, attention_layers, family_of
+from .families import attention_layers, family_of
 
 
 def inflation_of(model) -> Inflation | None:
@@ -43,20 +44,21 @@ class InflatedTap(AttentionTap):
 
     def __init__(self, model, listeners):
         super().__init__(model, listeners)
-        self._family = family_of(model)
+        norms = family_of(model).norms
+        self._norms = [path for path, _ in model.model.diffusion_model.named_modules() if re.fullmatch(norms, path)]
 
     @contextlib.contextmanager
     def _following(self, run, within=""):
         inflation = run.options.get(INFLATION)
         shared = inflation is not None and inflation.shared_norms and len(run.frames) > 1
-        norms = _shared_norms(run, self._family, within) if shared else contextlib.nullcontext()
+        norms = _shared_norms(run, self._norms, within) if shared else contextlib.nullcontext()
         with super()._following(run, within), norms:
             yield
 
 
 @contextlib.contextmanager
-def _shared_norms(run, family: Family, within: str):
-    """The family's group norms, of those whose path begins with `within`, take (B F, C, H, W) as (B, C, F H, W)."""
+def _shared_norms(run, norms: Sequence[str], within: str):
+    """The group norms at these paths that begin with `within` take (B F, C, H, W) as (B, C, F H, W)."""
     prompts, frames, handles = len(run.prompts), len(run.frames), []
 
     def joined(module, args):
@@ -67,8 +69,9 @@ def _shared_norms(run, family: Family, within: str):
         return output.unflatten(2, (frames, -1)).transpose(1, 2).flatten(0, 1)
 
     try:
-        for path, module in run.network.named_modules():
-            if path.startswith(within) and re.fullmatch(family.norms, path):
+        for path in norms:
+            if path.startswith(within):
+                module = run.network.get_submodule(path)
                 handles.append(module.register_forward_pre_hook(joined))
                 handles.append(module.register_forward_hook(parted))
         yield
