@@ -31,9 +31,13 @@ def token_attention(
 
     The model sees the inverted latent nearest to `percent` with the prompt `positive` of the edit; `model`: with its
     patches, else as it was inverted. Mean over heads and over the layers chosen, blocks such as "u2-u3"; empty: the two
-    finest resolutions. ValueError for words that are not in the prompt, layers that the model has not, and models
-    without cross-attention.
+    finest resolutions. ValueError for words that are not in the prompt, layers that the model has not, models without
+    cross-attention, and another model than the one that was inverted.
     """
+    if model is not None and not model.is_clone(trajectory.model):
+        raise ValueError(
+            "model: it is not the one that was inverted; connect the same loader to both, and the patch after"
+        )
     blocks = {at.block for at in attention_layers(trajectory.model).values() if at.kind == "cross"}
     if not blocks:
         raise ValueError("trajectory: its model has no cross-attention, so no word has a place of its own in it")

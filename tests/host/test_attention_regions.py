@@ -117,3 +117,8 @@ def test_words_that_are_not_there_are_refused(trajectory, edit):
     shorter = Layout(layout.prompt, (), (), layout.length - 1, "paper", layout.words, layout.tokenize)
     with pytest.raises(ValueError, match="connect the CONDITIONING of the same Encode Regional Prompt"):
         token_attention(trajectory, positive, shorter, "yellow", (16, 16), percent=0.2)
+
+
+def test_another_model_than_the_inverted_one_is_refused(trajectory, edit):
+    with pytest.raises(ValueError, match="model: it is not the one that was inverted"):
+        token_attention(trajectory, *edit, "yellow", (16, 16), percent=0.2, model=support.sd15_model())
