@@ -207,7 +207,7 @@ class _Looks:
         denoised, found = self._of_target(target, sigma, held)
         if MOTION in self._active:
             found[MOTION] = self._motion(target, source, sigma)
-        return Look(denoised, seen_source if self._settings.delta else None, found)
+        return Look(denoised, seen_source, found)
 
     def _recorders(self) -> tuple[KeyRecorder, FeatureRecorder | None, Recorders]:
         keys = KeyRecorder(self._settings.blocks)
@@ -215,9 +215,11 @@ class _Looks:
         return keys, features, Recorders(*filter(None, (keys, features)))
 
     def _of_source(self, x: Tensor, sigma: Tensor):
-        """The guided prediction, and what the regularisers compare with."""
+        """The guided prediction, None where no score asks for it, and what the regularisers compare with."""
         keys, features, recorder = self._recorders()
         prompts = {"text": SOURCE_POSITIVE, "negative": "negative"}
+        if not self._settings.delta:
+            prompts = {self._settings.branch: prompts[self._settings.branch]}
         tap = AttentionTap(self._guider.model_patcher, [recorder] if self._of_model else [], differentiable=True)
         seen = {
             branch: self._predict(name, x, sigma, tap if branch == self._settings.branch else None)
@@ -225,7 +227,7 @@ class _Looks:
         }
         own_keys = {name: normal_tensor(t) for name, t in keys.keys.items()}
         held = own_keys, {} if features is None else features.features
-        return self._guided(seen, x, sigma), held
+        return self._guided(seen, x, sigma) if self._settings.delta else None, held
 
     def _of_target(self, x: Tensor, sigma: Tensor, held) -> tuple[Tensor, dict]:
         """The guided prediction, and each regulariser's loss with its gradient."""

@@ -23,7 +23,6 @@ class VideoDDSOptimize(io.ComfyNode):
             "what the model says of clip and edit moves the latent toward the new prompt, while the self-similarity of "
             "attention keys holds structure and motion.",
             search_aliases=["dreammotion", "delta denoising score", "dds", "sds", "score distillation", "v-dds"],
-            is_output_node=False,
             inputs=[
                 io.Model.Input("model", tooltip="The video model, with its LoRAs."),
                 io.Latent.Input(
@@ -173,6 +172,11 @@ class VideoDDSOptimize(io.ComfyNode):
 
         from ..host.distillation import MOTION, RELEVANCE, SPATIAL, TEMPORAL, Distillation, key_blocks, optimise
 
+        carried = latent.get("noise_mask")
+        if mask is not None and carried is not None:
+            raise ValueError(
+                "mask: the latent already carries a noise mask; connect the mask here or set it on the latent, not both"
+            )
         chosen = Distillation(
             weights={SPATIAL: s_ssm, TEMPORAL: t_ssm, RELEVANCE: relevance, MOTION: frame_difference},
             balanced=weights == "balanced",
@@ -185,7 +189,14 @@ class VideoDDSOptimize(io.ComfyNode):
         prompts = source_positive, positive, negative
         callback = prepare_callback(model, chosen.steps)
         samples, curve = optimise(
-            model, *prompts, latent["samples"], chosen, seed=seed, mask=mask, dilation=dilation, callback=callback
+            model,
+            *prompts,
+            latent["samples"],
+            chosen,
+            seed=seed,
+            mask=carried if mask is None else mask,
+            dilation=dilation,
+            callback=callback,
         )
         chart = loss_chart(curve)
         return io.NodeOutput({**latent, "samples": samples}, chart, ui=ui.PreviewImage(chart, cls=cls))

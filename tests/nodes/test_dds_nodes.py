@@ -39,6 +39,20 @@ def test_the_latent_that_comes_in_is_left_alone(tiny, clip):
     assert not torch.equal(latent["samples"], edited["samples"])
 
 
+def test_a_mask_on_the_latent_is_the_mask(tiny, clip):
+    """Not both: which is meant is not known."""
+    prompts = [support.encode(tiny, text) for text in (clip.source_prompt, clip.edit_prompt, "")]
+    latent = {"samples": tiny.vae.encode(clip.images), "noise_mask": clip.mask_1[:, None]}
+    few = SETTINGS | {"steps": 1}
+    carried = VideoDDSOptimize.execute(tiny.model, latent, *prompts, **few).result[0]
+    connected = VideoDDSOptimize.execute(
+        tiny.model, {"samples": latent["samples"]}, *prompts, mask=clip.mask_1, **few
+    ).result[0]
+    assert torch.equal(carried["samples"], connected["samples"])
+    with pytest.raises(ValueError, match="mask: the latent already carries a noise mask"):
+        VideoDDSOptimize.execute(tiny.model, latent, *prompts, mask=clip.mask_1, **few)
+
+
 def test_a_mask_of_other_frames_is_refused(tiny, clip):
     with pytest.raises(ValueError, match="mask: it has 3 frames, the clip has 8"):
         optimised(tiny, clip, clip.mask_1[:3])
