@@ -7,7 +7,7 @@ One object gets another colour or another shape. Every method optimises the clip
     losses      score distillation (SDS), delta denoising score (DDS), with S-SSM, with T-SSM, with both (DreamMotion),
                 with the true mask; with STR relevance too; with frame differences instead
     layers      which keys are compared, under which prompt, and fixed weights
-    masks       the mask exact, eroded, dilated, shifted, half missing
+    masks       the mask exact, smaller, larger, shifted, half missing
 
 Rows: the unedited copy, the true edit through the VAE, prompt swap by sampling. Columns: those of `quality_str`; frame
 consistency, the mean cosine of neighbouring frames; saturation drift, the change of the mean saturation inside the
@@ -34,7 +34,7 @@ from pack import load_pack
 load_pack()
 
 from spacetime_edit.benchmarks import _figures as figures
-from spacetime_edit.benchmarks._cases import Case, make_cases
+from spacetime_edit.benchmarks._cases import CEILING, COPY, SWAP, Case, make_cases
 from spacetime_edit.benchmarks._cases import measure as measure_edit
 from spacetime_edit.benchmarks._editing import Editor, Settings, copy, run, swap, through_vae
 from spacetime_edit.core.masks import dilate
@@ -42,7 +42,6 @@ from spacetime_edit.core.trajectory import Trajectory
 from spacetime_edit.host.distillation import MOTION, RELEVANCE, SPATIAL, TEMPORAL, Distillation, key_blocks, optimise
 from spacetime_edit.tools.shape_world import world
 
-COPY, CEILING, SWAP = "unedited copy", "true edit through VAE", "prompt swap"
 SDS, DDS, WITH_S, WITH_T = "SDS", "DDS", "DDS + S-SSM", "DDS + T-SSM"
 FULL, MASKED = "DreamMotion (both)", "DreamMotion + true mask"
 HELD = {SPATIAL: 0.3, TEMPORAL: 0.1}

@@ -306,14 +306,7 @@ def save_and_load(graph: Graph, name: str) -> None:
 
 def zeroscope(graph: Graph) -> None:
     """STR-Match on real weights and a clip of the user's."""
-    graph.group("Load")
-    model = graph.add("STE_LoadVideoDiffusersModel", model_name=use.ZEROSCOPE)
-    model.models = [{"name": use.ZEROSCOPE, "url": use.ZEROSCOPE_URL, "directory": "diffusers"}]
-    file = graph.add("LoadVideo", title="Your clip: choose a file", file="")
-    graph.column()
-    parts = graph.add("GetVideoComponents", video=file["VIDEO"])
-    size = {"max_frames": use.ZEROSCOPE_FRAMES, "max_side": use.ZEROSCOPE_SIDE}
-    clip = graph.add("STE_FitClipToModel", images=parts["images"], model=model["MODEL"], **size)
+    model, parts, clip = load_zeroscope(graph, use.ZEROSCOPE_FRAMES)
     graph.group("Encode")
     positive, latent = encode(graph, model, clip["images"], "a red car drives along a road")
     graph.group("What it will cost")
@@ -339,14 +332,7 @@ def zeroscope(graph: Graph) -> None:
 
 def dds_zeroscope(graph: Graph) -> None:
     """DreamMotion on real weights and a clip of the user's."""
-    graph.group("Load")
-    model = graph.add("STE_LoadVideoDiffusersModel", model_name=use.ZEROSCOPE)
-    model.models = [{"name": use.ZEROSCOPE, "url": use.ZEROSCOPE_URL, "directory": "diffusers"}]
-    file = graph.add("LoadVideo", title="Your clip: choose a file", file="")
-    graph.column()
-    parts = graph.add("GetVideoComponents", video=file["VIDEO"])
-    size = {"max_frames": use.DDS_FRAMES, "max_side": use.ZEROSCOPE_SIDE}
-    clip = graph.add("STE_FitClipToModel", images=parts["images"], model=model["MODEL"], **size)
+    model, parts, clip = load_zeroscope(graph, use.DDS_FRAMES)
     graph.group("Encode")
     source, latent = encode(graph, model, clip["images"], "a red car drives along a road")
     positive, negative = prompts(graph, model, "a red car drives along a road, oil painting", group="Optimise")
@@ -447,6 +433,18 @@ def load(graph: Graph, clip: str, edit: int = use.NEW_SHAPE) -> tuple[Node, Node
     graph.group("Load")
     model = graph.add("STE_LoadVideoDiffusersModel", model_name=use.TINY_MODEL)
     return model, graph.add("STE_LoadExampleClip", clip=clip, edit=edit)
+
+
+def load_zeroscope(graph: Graph, frames: int) -> tuple[Node, Node, Node]:
+    """The group with real weights and a clip of the user's: the model, the parts of the video, the clip that fits."""
+    graph.group("Load")
+    model = graph.add("STE_LoadVideoDiffusersModel", model_name=use.ZEROSCOPE)
+    model.models = [{"name": use.ZEROSCOPE, "url": use.ZEROSCOPE_URL, "directory": "diffusers"}]
+    file = graph.add("LoadVideo", title="Your clip: choose a file", file="")
+    graph.column()
+    parts = graph.add("GetVideoComponents", video=file["VIDEO"])
+    size = {"max_frames": frames, "max_side": use.ZEROSCOPE_SIDE}
+    return model, parts, graph.add("STE_FitClipToModel", images=parts["images"], model=model["MODEL"], **size)
 
 
 def encode(graph: Graph, model: Node, images: Output, prompt: Any) -> tuple[Node, Node]:
