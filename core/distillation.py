@@ -83,7 +83,8 @@ def distill(
     so that a seed gives one result on every device. look(target_t, source_t, sigma): see `Look`; sigma_of(t): the noise
     level. mask: 1 = edit, broadcasts to the latent; it filters the score's gradient only, as in the paper. weights: of
     the regularisers by name; balanced: each is scaled so that the RMS of its gradient is that share of the score's
-    inside the mask, averaged over 20 steps, else it multiplies the gradient. Plain gradient descent.
+    inside the mask, averaged over 20 steps, else it multiplies the gradient. Plain gradient descent. ValueError, naming
+    step and term, where a gradient is not finite.
     """
     target, balance = source.clone(), _Balance(dict(weights or {}), balanced)
     for step in range(steps):
@@ -101,9 +102,22 @@ def distill(
         for name, (loss, slope) in seen.regularisers.items():
             losses[name] = float(loss)
             total = total + balance.scale(name, signal * slope, gradient, mask) * signal * slope
+        _check_finite(
+            step, sigma, {"score": gradient} | {name: slope for name, (_, slope) in seen.regularisers.items()}
+        )
         target = target - step_size * STEP_UNIT * total
         callback(Progress(step, t, sigma, target, seen.denoised, losses))
     return target
+
+
+def _check_finite(step: int, sigma: Tensor, terms: Mapping[str, Tensor]) -> None:
+    """ValueError that names the step and the first term that is not finite."""
+    for name, gradient in terms.items():
+        if not gradient.isfinite().all():
+            raise ValueError(
+                f"Video DDS: {name} is not finite at step {step + 1} (sigma {float(sigma):.4g}); try the model in bf16 "
+                f"or fp32, or a smaller step_size or cfg"
+            )
 
 
 class _Balance:

@@ -200,26 +200,27 @@ class AttentionTap:
         before = self._listeners
         self._listeners = before if listeners is None else tuple(listeners)
         try:
-            with self._following(run, f"{block}."):
+            with self._following(run, block):
                 yield
         finally:
             self._listeners = before
 
     @contextlib.contextmanager
-    def _following(self, run: "_Run", within: str = ""):
-        """Keeps a stack of the attention modules that are running, of those whose path begins with `within`."""
+    def _following(self, run: "_Run", block: str = ""):
+        """Keeps a stack of the attention modules that are running. block: of those inside this module, which may be one
+        itself, whose forward is then called by hand."""
         before = self._run, self._stack
         handles, token = [], _running.set((*_running.get(), (self, run)))
         try:
             for path, layer in self._layers.items():
-                if not path.startswith(within):
+                if block and not path.startswith(f"{block}."):
                     continue
                 enter = lambda *_, layer=layer: self._stack.append(layer)  # noqa: E731
                 leave = lambda *_: (self._stack.pop(), None)[1]  # noqa: E731
                 module = run.network.get_submodule(path)
                 handles.append(module.register_forward_pre_hook(enter))
                 handles.append(module.register_forward_hook(leave, always_call=True))
-            self._run, self._stack = run, []
+            self._run, self._stack = run, [self._layers[block]] if block in self._layers else []
             yield
         finally:
             _running.reset(token)

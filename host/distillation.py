@@ -25,8 +25,8 @@ from .families import attention_layers, family_of, noise_space, select_blocks
 from .features import FeatureRecorder
 from .gradients import latent_gradients, normal_tensor, predict
 from .latents import check_clip_latent, grid_mask_of, mask_like
-from .memory import ActivationMeter
-from .relevance_matching import HALF_PRECISION_SCALE, leading_cond
+from .memory import ActivationMeter, small_tile, with_less_memory
+from .relevance_matching import HALF_PRECISION_SCALE, lacks_for_relevance, leading_cond
 
 log = logging.getLogger("spacetime_edit")
 
@@ -35,6 +35,8 @@ SPATIAL, TEMPORAL, RELEVANCE, MOTION = "S-SSM", "T-SSM", "STR", "frame differenc
 
 Branch = Literal["text", "negative"]
 SOURCE_POSITIVE = "source_positive"
+IN_SPACE = ("spatial", "joint")
+"""Kinds of attention whose keys are compared: those of a frame's own tokens."""
 PREVIEW_SECONDS = 1.0
 
 
@@ -59,6 +61,8 @@ class Distillation:
 
     def __post_init__(self):
         check_times(self.t_range)
+        if not self.cfg >= 0:
+            raise ValueError(f"cfg: it is {self.cfg}; expected a number of at least 0")
 
 
 def check_times(t_range: tuple[float, float]) -> None:
@@ -70,7 +74,7 @@ def check_times(t_range: tuple[float, float]) -> None:
 
 def key_blocks(model, layers: str = "") -> frozenset[str]:
     """The blocks whose keys are compared: those named, or all on the way up. ValueError for what the model has not."""
-    blocks = {layer.block for layer in attention_layers(model).values() if layer.kind == "spatial"}
+    blocks = {layer.block for layer in attention_layers(model).values() if layer.kind in IN_SPACE}
     if layers.strip():
         return select_blocks(layers, blocks)
     return frozenset(block for block in blocks if block.startswith("u")) or frozenset(blocks)
@@ -105,8 +109,10 @@ class KeyRecorder:
         return listen
 
     def _taken(self, call: AttentionCall) -> dict[str, Tensor]:
-        wanted = call.kind == "spatial" and call.layer.block in self._blocks
-        return {f"{call.layer.path} keys": call.key} if wanted else {}
+        if call.kind not in IN_SPACE or call.layer.block not in self._blocks:
+            return {}
+        own = call.key[:, :, -call.query.shape[2] :]  # of joint attention the prompt's come first
+        return {f"{call.layer.path} keys": own}
 
 
 class Recorders:
@@ -239,8 +245,15 @@ class _Looks:
                 seen[branch] = self._metered(name, x, sigma) if graded else self._predict(name, x, sigma)
         found = {}
         if graded:
-            seen[graded], found = self._with_gradient(prompts[graded], x, sigma, held)
+            arguments = prompts[graded], x, sigma, held
+            lean = None if self._low_memory else lambda: self._lean(*arguments)
+            knobs = "the layers (such as u1)"
+            seen[graded], found = with_less_memory("Video DDS", lambda: self._with_gradient(*arguments), lean, knobs)
         return self._guided(seen, x, sigma), found
+
+    def _lean(self, *arguments) -> tuple[Tensor, dict]:
+        self._low_memory = True
+        return self._with_gradient(*arguments)
 
     def _with_gradient(self, prompt: str, x: Tensor, sigma: Tensor, held) -> tuple[Tensor, dict]:
         base, patcher = self._guider.inner_model, self._guider.model_patcher
@@ -265,12 +278,6 @@ class _Looks:
                 loss_scale=HALF_PRECISION_SCALE if half else 1.0,
                 mutates=family.mutates,
             )
-        for name, (_, gradient) in found.items():
-            if not gradient.isfinite().all():
-                raise ValueError(
-                    f"Video DDS: the gradient of {name} is not finite at sigma {float(sigma):.4g}; try the model in "
-                    f"bf16 or fp32"
-                )
         return kept[0], {name: (float(value), gradient) for name, (value, gradient) in found.items()}
 
     def _losses(self, held, keys: dict[str, Tensor], features: dict) -> dict[str, Tensor]:
@@ -280,7 +287,10 @@ class _Looks:
         for name in self._of_model:
             if name == RELEVANCE:
                 pairs = [(source_features[path], features[path]) for path in source_features]
-                losses = [matching_loss(source, target) for source, target in pairs]
+                losses = [
+                    matching_loss(source, target, rows=small_tile(source) if self._low_memory else None)
+                    for source, target in pairs
+                ]
             else:
                 losses = [forms[name](source_keys[path], keys[path]) for path in source_keys]
             found[name] = torch.stack(losses).mean()
@@ -344,22 +354,26 @@ def optimise(
     """The optimised latent, as in the graph, and (t, losses by name) of each step.
 
     model: ModelPatcher; the rest are the host's CONDITIONING and samples of a LATENT; mask (F, H, W) of any
-    size, 1 = edit, grown by `dilation` pixels of the clip.
+    size, 1 = edit, grown by `dilation` pixels of the clip; of one that is 0 everywhere the latent comes back, without a
+    step.
     ValueError for a latent that is not a clip of this model, a prompt that is missing, a regulariser it cannot have.
     """
     check_clip_latent(latent, model)
     for name, cond in ((SOURCE_POSITIVE, source_positive), ("positive", positive), ("negative", negative)):
         if not cond:
             raise ValueError(f"{name}: it holds no prompt; connect a CLIP Text Encode")
-    kinds = {layer.kind for layer in attention_layers(model).values()}
-    if settings.weights.get(RELEVANCE) and "temporal" not in kinds:
+    if settings.weights.get(RELEVANCE) and (lacking := lacks_for_relevance(model)):
         raise ValueError(
-            f"str: {family_of(model).name} has no temporal attention, which the STR score is built from; set it to 0"
+            f"relevance: {family_of(model).name} has no {lacking}, which the STR score is built from; set it to 0"
         )
     guider = comfy.samplers.CFGGuider(model)
     guider.inner_set_conds({"positive": positive, "negative": negative, SOURCE_POSITIVE: source_positive})
     guider.set_cfg(settings.cfg)
-    sampler = DistillationSampler(settings, seed, None if mask is None else grid_mask_of(mask, latent, model, dilation))
+    where = None if mask is None else grid_mask_of(mask, latent, model, dilation)
+    if where is not None and not where.any():
+        log.warning("Video DDS: the mask is empty (0 everywhere), so there is nothing to edit; the clip is unchanged")
+        return latent.clone(), []
+    sampler = DistillationSampler(settings, seed, where)
     sampling = model.get_model_object("model_sampling")
     sigmas = torch.tensor([float(sampling.percent_to_sigma(1 - settings.t_range[1])), 0.0])
     samples = guider.sample(

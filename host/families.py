@@ -16,7 +16,8 @@ from torch.nn import Module
 
 from ..core.parametrization import NoiseSpace
 
-Kind = Literal["spatial", "cross", "temporal"]
+Kind = Literal["spatial", "cross", "temporal", "joint"]
+"""joint: queries of one frame's tokens, keys of the prompt's tokens followed by the frame's own."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,24 @@ FAMILIES = (
         ),
         blocks=r"(?:down_blocks\.\d+|mid_block|up_blocks\.\d+)\.(?:resnets|(?:temp_)?(?:convs|attentions))\.\d+|transformer_in",
         norms=r"(?:down_blocks\.\d+|mid_block|up_blocks\.\d+)\.resnets\.\d+\.norm[12]|conv_norm_out",
+        mutates=False,
+        downsamplers=r"down_blocks\.\d+\.downsamplers\.\d+",
+        frame_rule=(1, 0),
+    ),
+    Family(
+        name="Show-1 (key frames, in pixels)",
+        base_model="UNet3DVideoModel",
+        diffusion_model="PixelUNet3D",
+        attention=(
+            ("joint", r"(down|mid|up)_blocks?\.(?:(\d+)\.)?attentions\.(\d+)()"),
+            (
+                "temporal",
+                r"(down|mid|up)_blocks?\.(?:(\d+)\.)?temp_attentions\.(\d+)\.transformer_blocks\.(\d+)\.attn[12]",
+            ),
+            ("temporal", r"(transformer_in)\.transformer_blocks\.(\d+)\.attn[12]"),
+        ),
+        blocks=r"(?:(?:down|up)_blocks\.\d+|mid_block)\.(?:resnets|(?:temp_)?(?:convs|attentions)|(?:down|up)samplers)\.\d+|transformer_in",
+        norms=r"(?:(?:down|up)_blocks\.\d+|mid_block)\.(?:resnets|(?:down|up)samplers)\.\d+\.norm[12]|conv_norm_out",
         mutates=False,
         downsamplers=r"down_blocks\.\d+\.downsamplers\.\d+",
         frame_rule=(1, 0),

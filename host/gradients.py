@@ -226,9 +226,12 @@ def _weight_free(module):
     original = module.forward
 
     def forward(x, *args, **kwargs):
-        records = torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad
-        if args or kwargs or not records:
+        if args or kwargs or not isinstance(x, Tensor) or not torch.is_grad_enabled():
             return original(x, *args, **kwargs)
+        if not x.requires_grad:  # of the prompt or the time, say: nothing to record, so the very kernel of sampling
+            with torch.inference_mode():
+                y = original(x)
+            return normal_tensor(y)
         return _WeightFree.apply(x, module, original)
 
     return forward

@@ -25,7 +25,10 @@ def inflate_attention(model, inflation: Inflation):
     Raises ValueError for a model that has no spatial attention.
     """
     if not any(layer.kind == "spatial" for layer in attention_layers(model).values()):
-        raise ValueError(f"model: {family_of(model).name} has no spatial attention that could span frames")
+        raise ValueError(
+            f"model: {family_of(model).name} has no spatial self-attention apart from the prompt's, which could span "
+            f"frames"
+        )
     inflated, before = model.clone(), _mark(model)
     if before is None and inflation.neutral:
         return inflated

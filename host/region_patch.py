@@ -173,6 +173,11 @@ def patch_regions(model, modulation: RegionModulation):
     if modulation.neutral:
         return patched
     kinds = {layer.kind for layer in attention_layers(model).values()}
+    if "joint" in kinds:
+        raise ValueError(
+            f"model: in {family_of(model).name} one attention reads prompt and frame together, in which regions do not "
+            f"act; use a model such as Zeroscope or SD 1.5"
+        )
     if "cross" not in kinds and modulation.cross_strength and any(modulation.layout.positions):
         raise ValueError(
             f"model: {family_of(model).name} has no cross-attention, so no phrase can be kept in its region; set "

@@ -19,7 +19,7 @@ from .families import attention_layers, family_of, select_blocks
 from .features import FeatureRecorder
 from .gradients import latent_gradient, normal_tensor, predict
 from .latents import mask_like
-from .memory import SMALLER_TILES, ActivationMeter, GradientMemory, loss_memory, small_tile
+from .memory import SMALLER_TILES, ActivationMeter, GradientMemory, loss_memory, small_tile, with_less_memory
 from .sampling import Step
 
 log = logging.getLogger("spacetime_edit")
@@ -58,16 +58,23 @@ class STRScore:
         return {name: getattr(self, name) for name in ("radius", "paths", "bidirectional", "per_pair")}
 
 
+def lacks_for_relevance(model) -> str:
+    """Which attention of those that the STR score is built from a ModelPatcher has not; "" if none."""
+    kinds = {layer.kind for layer in attention_layers(model).values()}
+    needed = {"spatial": "spatial self-attention apart from the prompt's", "temporal": "temporal attention"}
+    return " and no ".join(name for kind, name in needed.items() if kind not in kinds)
+
+
 def str_score_of(trajectory: Trajectory, layers: str = "", radius: int = 1, **form) -> STRScore:
     """Validates a choice of layers on the trajectory's model; ValueError without temporal attention.
 
     form: paths, bidirectional and per_pair of `STRScore`.
     """
     found = attention_layers(trajectory.model).values()
-    if not any(layer.kind == "temporal" for layer in found):
+    if lacking := lacks_for_relevance(trajectory.model):
         raise ValueError(
-            f"trajectory: its model ({family_of(trajectory.model).name}) has no temporal attention, which the STR "
-            f"score is built from; load a text-to-video model such as Zeroscope"
+            f"trajectory: its model ({family_of(trajectory.model).name}) has no {lacking}, which the STR score is "
+            f"built from; load a text-to-video model such as Zeroscope"
         )
     if radius < 0:
         raise ValueError(f"radius: it is {radius}; expected a number of frames, or 0 for all")
@@ -185,30 +192,17 @@ class _Matcher:
 
     def gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(loss, d loss / d x); where memory runs out, once more with as little of it as there is a way to."""
-        try:
-            loss, gradient = self._gradient(x)
-        except (torch.OutOfMemoryError, comfy.model_management.ACCELERATOR_ERROR) as error:
-            if not comfy.model_management.is_oom(error):
-                raise
-            loss, gradient = self._retry(x)
+        lean = None if self._run.low_memory else lambda: self._lean(x)
+        knobs = "the layers of Capture STR Score (such as m0)"
+        loss, gradient = with_less_memory("STR matching", lambda: self._gradient(x), lean, knobs)
         self.cosines.append(-float(loss))
         if self._matching.task in NEW_CONTENT:  # what still reaches the inside comes by the network's receptive field
             gradient = gradient * (1 - mask_like(self._step.mask, gradient))
         return loss, gradient
 
-    def _retry(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """After an error of memory, outside its handler: the handler would keep the failed graph alive."""
-        if self._run.low_memory:
-            raise RuntimeError(OUT_OF_MEMORY)
-        log.warning("STR matching: out of memory; once more without kept activations (slower)")
+    def _lean(self, x: Tensor) -> tuple[Tensor, Tensor]:
         self._run.low_memory = True
-        comfy.model_management.soft_empty_cache()
-        try:
-            return self._gradient(x)
-        except (torch.OutOfMemoryError, comfy.model_management.ACCELERATOR_ERROR) as error:
-            if not comfy.model_management.is_oom(error):
-                raise
-            raise RuntimeError(OUT_OF_MEMORY) from error
+        return self._gradient(x)
 
     def _gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:
         run, patcher = self._step.run, self._step.run.guider.model_patcher
@@ -291,13 +285,6 @@ class _Matcher:
             weight = self._weights.get(path)
             losses.append(matching_loss(source, target[path], rows=rows, weight=weight, **self._score.form))
         return torch.stack(losses).mean()
-
-
-OUT_OF_MEMORY = (
-    "STR matching: out of memory, also without kept activations; lower one of these: the number of frames, their size "
-    "(Fit Clip to Model), the layers of Capture STR Score (such as m0), or let ComfyUI keep more of the card free "
-    "(--reserve-vram, --lowvram)"
-)
 
 
 def leading_cond(conds: list[dict], sigma: Tensor, name: str) -> dict:

@@ -204,6 +204,9 @@ class VideoDDSOptimize(io.ComfyNode):
 
 def loss_chart(curve):
     """Losses by step, each as a share of its largest and as a mean over a tenth of the steps, whose noise differs."""
+    if not curve:
+        title = "Video DDS: the mask is empty, the clip is unchanged"
+        return line_chart([], title=title, x_label="step", y_label="mean loss")
     width = max(1, len(curve) // 10)
     lines = []
     for name in curve[0][1]:

@@ -35,7 +35,7 @@ def load_vae(folder: ModelFolder, *, disable_dynamic: bool = False) -> comfy.sd.
     """
     config = _checked(folder)
     net = _build(folder, config)
-    weights = read_weights(folder.weights_file("vae"), shapes(net), _current_key)
+    weights = read_weights(folder.weights_files("vae"), shapes(net), _current_key)
     if _is_stable_diffusion(config):
         vae = comfy.sd.VAE(sd=weights)
     else:

@@ -31,7 +31,7 @@ def load_clip(folder: ModelFolder, *, disable_dynamic: bool = False) -> comfy.sd
     Raises ModelFolderError naming the file and the entry or key at fault.
     """
     config = _checked(folder)
-    weights = read_weights(folder.weights_file("text_encoder"), _expected_shapes(config), _own_key)
+    weights = read_weights(folder.weights_files("text_encoder"), _expected_shapes(config), _own_key)
     special = special_tokens(folder, config["vocab_size"])
     clip = comfy.sd.CLIP(
         ClipTarget(_tokenizer(folder, config, special), _model(config, special)),

@@ -16,7 +16,7 @@ def replace_layers(root: nn.Module, operations: type | ModuleType, dtype: torch.
     Each becomes a new instance of the op of the same name in `operations` (a class of `comfy.ops`), of the
     same sizes, without weights, on the meta device. New instances, because the host's quantised and streamed
     layers have constructors of their own. A module that is used twice stays one module.
-    Raises TypeError if a parameter is left that no op holds.
+    Raises TypeError if a parameter is left that no op holds, but of a module with `casts_own_parameters`.
     """
     replaced: dict[nn.Module, nn.Module] = {}
     for module in list(root.modules()):
@@ -26,7 +26,9 @@ def replace_layers(root: nn.Module, operations: type | ModuleType, dtype: torch.
             if child not in replaced:
                 replaced[child] = _op(child, operations, {"device": "meta", "dtype": dtype}) or child
             setattr(module, name, replaced[child])
-    plain = {type(m).__name__ for m in root.modules() if _holds_parameters(m) and not hasattr(m, "comfy_cast_weights")}
+    casts = ("comfy_cast_weights", "casts_own_parameters")
+    holders = [m for m in root.modules() if _holds_parameters(m)]
+    plain = {type(m).__name__ for m in holders if not any(hasattr(m, name) for name in casts)}
     if plain:
         raise TypeError(f"{type(root).__name__}: layers without a ComfyUI op: {', '.join(sorted(plain))}")
     return root

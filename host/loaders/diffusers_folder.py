@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 
 import comfy.utils
@@ -21,14 +23,15 @@ import torch
 EMBEDDED = "embedded tiny model"
 EMBEDDED_PATH = Path(__file__).resolve().parents[2] / "assets" / "tiny_t2v"
 WHERE_TO_GET = (
-    "Download the folder damo-vilab/text-to-video-ms-1.7b or cerspense/zeroscope_v2_576w from the "
-    "Hugging Face hub into models/diffusers."
+    "Download the folder damo-vilab/text-to-video-ms-1.7b, cerspense/zeroscope_v2_576w or showlab/show-1-base from "
+    "the Hugging Face hub into models/diffusers."
 )
 WEIGHT_FILES = tuple(
     stem + variant
     for variant in (".safetensors", ".fp16.safetensors", ".bin", ".fp16.bin")
     for stem in ("diffusion_pytorch_model", "model", "pytorch_model")
 )
+PIECE = re.compile(r"(\w+)(\.fp16)?-(\d{5})-of-(\d{5})(\.fp16)?(\.safetensors|\.bin)")
 CONFIG_FILES = {
     "unet": "config.json",
     "vae": "config.json",
@@ -36,10 +39,14 @@ CONFIG_FILES = {
     "scheduler": "scheduler_config.json",
     "tokenizer": "tokenizer_config.json",
 }
+PIXEL_CONFIG_FILES = {"unet": "config.json", "text_encoder": "config.json", "scheduler": "scheduler_config.json"}
+"""Of a pixel-space model: without autoencoder, and the host has T5's tokenizer."""
+PIXEL_BLOCKS = ("ResnetDownsampleBlock3D", "SimpleCrossAttnDownBlock3D")
 CLASSES = {
-    "unet": ("UNet3DConditionModel",),
+    "unet": ("UNet3DConditionModel", "ShowOneUNet3DConditionModel"),
     "vae": ("AutoencoderKL",),
     "text_encoder": ("CLIPTextModel",),
+    "pixel text_encoder": ("T5EncoderModel",),
     "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
     "scheduler": (
         "DDIMScheduler",
@@ -79,15 +86,40 @@ SIZE_LIMITS = {
         "vocab_size": 500_000,
     },
     "scheduler": {"num_train_timesteps": 100_000},
+    "pixel unet": {
+        "addition_embed_type_num_heads": 1024,
+        "attention_head_dim": 1024,
+        "block_out_channels": 8192,
+        "cross_attention_dim": 8192,
+        "encoder_hid_dim": 8192,
+        "in_channels": 64,
+        "layers_per_block": 8,
+        "norm_num_groups": 1024,
+        "out_channels": 64,
+    },
+    "pixel text_encoder": {
+        "d_ff": 65536,
+        "d_kv": 1024,
+        "d_model": 8192,
+        "num_heads": 256,
+        "num_layers": 64,
+        "vocab_size": 500_000,
+    },
 }
 REQUIRED = {
     "unet": ("block_out_channels", "cross_attention_dim", "down_block_types", "up_block_types"),
     "vae": ("block_out_channels", "down_block_types", "up_block_types"),
     "text_encoder": (*SIZE_LIMITS["text_encoder"], "hidden_act"),
+    "pixel unet": (
+        *("block_out_channels", "cross_attention_dim", "down_block_types", "up_block_types"),
+        *("encoder_hid_dim", "in_channels", "out_channels", "act_fn"),
+    ),
+    "pixel text_encoder": tuple(SIZE_LIMITS["pixel text_encoder"]),
 }
 BLOCK_TYPES = {
     "unet": ("CrossAttnDownBlock3D", "DownBlock3D", "CrossAttnUpBlock3D", "UpBlock3D"),
     "vae": ("DownEncoderBlock2D", "UpDecoderBlock2D"),
+    "pixel unet": (*PIXEL_BLOCKS, "ResnetUpsampleBlock3D", "SimpleCrossAttnUpBlock3D"),
 }
 MAX_LEVELS = 8
 MAX_TEXT_FILE = 32 * 2**20
@@ -105,10 +137,18 @@ class ModelFolder:
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
-        for part, name in CONFIG_FILES.items():
-            _check_config(self.file(part, name), part, self.config(part))
+        files = PIXEL_CONFIG_FILES if self.pixel else CONFIG_FILES
+        for part, name in files.items():
+            _check_config(self.file(part, name), f"pixel {part}" if self.pixel else part, self.config(part))
         for part in ("unet", "vae", "text_encoder"):
-            _shapes(self.weights_file(part))
+            for weights in self.weights_files(part) if part in files else ():
+                _shapes(weights)
+
+    @cached_property
+    def pixel(self) -> bool:
+        """Whether the model works on pixels: Show-1's key frames."""
+        blocks = self.config("unet").get("down_block_types")
+        return isinstance(blocks, list) and any(name in PIXEL_BLOCKS for name in blocks)
 
     def file(self, *parts: str) -> Path:
         """Path of a file that must exist."""
@@ -121,16 +161,29 @@ class ModelFolder:
         """The JSON object that describes one part, a key of `CONFIG_FILES`."""
         return read_json(self.file(part, CONFIG_FILES[part]))
 
-    def weights_file(self, part: str) -> Path:
-        """The weights of one part, safetensors before `.bin`."""
+    def weights_files(self, part: str) -> list[Path]:
+        """The weights of one part, safetensors before `.bin`: one file, or all its numbered pieces."""
         found = (self.path / part / name for name in WEIGHT_FILES)
         path = next((candidate for candidate in found if candidate.is_file()), None)
-        if path is None:
+        return self._pieces(part) if path is None else [path]
+
+    def _pieces(self, part: str) -> list[Path]:
+        whole: dict[tuple[str, str], dict[int, Path]] = {}
+        for path in sorted((self.path / part).glob("*-of-*")):
+            if match := PIECE.fullmatch(path.name):
+                stem, before, index, count, after, suffix = match.groups()
+                whole.setdefault((f"{stem}{before or after or ''}{suffix}", count), {})[int(index)] = path
+        complete = [
+            (name, pieces) for (name, count), pieces in whole.items() if set(pieces) == set(range(1, int(count) + 1))
+        ]
+        named = {name: [pieces[i] for i in sorted(pieces)] for name, pieces in complete if name in WEIGHT_FILES}
+        chosen = next((named[name] for name in WEIGHT_FILES if name in named), None)
+        if chosen is None:
             raise ModelFolderError(
                 f"model folder {self.path}: {part} holds no weights (for example {part}/{WEIGHT_FILES[0]}). "
                 f"{WHERE_TO_GET}"
             )
-        return path
+        return chosen
 
 
 def list_folders() -> list[str]:
@@ -183,21 +236,25 @@ def read_json(path: Path) -> dict:
 
 
 def read_weights(
-    path: Path, expected: Mapping[str, torch.Size], rename: Callable[[str], str | None] = lambda key: key
+    paths: Sequence[Path], expected: Mapping[str, torch.Size], rename: Callable[[str], str | None] = lambda key: key
 ) -> dict[str, torch.Tensor]:
-    """The tensors of one file, after its keys and shapes have been compared with the architecture.
+    """The tensors of one file, or of the pieces of one, after keys and shapes have been compared with the architecture.
 
     expected: key -> shape. rename: the file's key -> our key, or None to drop it.
     Raises ModelFolderError naming the file and the first key that is missing, unknown or of another shape.
     """
-    shapes = _shapes(path)
-    source = {rename(key): key for key in shapes if rename(key) is not None}
-    _compare(path, expected, {key: shapes[old] for key, old in source.items()})
-    state = comfy.utils.load_torch_file(str(path)) if path.suffix == ".safetensors" else _load_bin(path)
-    weights = {key: state[old] for key, old in source.items()}
-    for key, tensor in weights.items():
-        if not tensor.is_floating_point():
-            raise ModelFolderError(f"{path}: key {key!r} is {tensor.dtype}; expected floating point weights")
+    shapes, weights = {}, {}
+    for path in paths:
+        shapes |= {rename(key): shape for key, shape in _shapes(path).items() if rename(key) is not None}
+    _compare(paths[0], expected, shapes)
+    for path in paths:
+        state = comfy.utils.load_torch_file(str(path)) if path.suffix == ".safetensors" else _load_bin(path)
+        for key, tensor in state.items():
+            if rename(key) is None:
+                continue
+            if not tensor.is_floating_point():
+                raise ModelFolderError(f"{path}: key {key!r} is {tensor.dtype}; expected floating point weights")
+            weights[rename(key)] = tensor
     return weights
 
 
@@ -222,24 +279,29 @@ def _is_unet3d(path: Path) -> bool:
 def _class_name(part: str, config: dict) -> object:
     if part == "tokenizer":
         return config.get("tokenizer_class", "CLIPTokenizer")
-    if part == "text_encoder":
+    if part.endswith("text_encoder"):
         architectures = config.get("architectures")
         return architectures[0] if isinstance(architectures, list) and architectures else None
     return config.get("_class_name")
 
 
 def _check_config(path: Path, part: str, config: dict) -> None:
-    name = _class_name(part, config)
-    if name not in CLASSES[part]:
-        allowed = " or ".join(CLASSES[part])
+    name, classes = _class_name(part, config), _rule(CLASSES, part, ())
+    if name not in classes:
+        allowed = " or ".join(classes)
         raise ModelFolderError(f"{path} names the class {name!r}; this loader reads {allowed}. {WHERE_TO_GET}")
-    for key in REQUIRED.get(part, ()):
+    for key in _rule(REQUIRED, part, ()):
         if config.get(key) is None:
             raise ModelFolderError(f"{path}: entry {key!r} is missing. {WHERE_TO_GET}")
-    for key, limit in SIZE_LIMITS.get(part, {}).items():
+    for key, limit in _rule(SIZE_LIMITS, part, {}).items():
         _check_size(path, key, config.get(key), limit)
     for key in ("down_block_types", "up_block_types") if part in BLOCK_TYPES else ():
         _check_blocks(path, key, config[key], BLOCK_TYPES[part], len(config["block_out_channels"]))
+
+
+def _rule(table: dict, part: str, default):
+    """The row of a part; of a part of a pixel-space model that has no row of its own, that of any model."""
+    return table.get(part, table.get(part.removeprefix("pixel "), default))
 
 
 def _check_size(path: Path, key: str, value: object, limit: int) -> None:

@@ -1,7 +1,7 @@
-"""Folders of the UNet3D family (ModelScope 1.7b, Zeroscope v2, the embedded one) as MODEL, CLIP, VAE.
+"""Folders of the UNet3D family (ModelScope 1.7b, Zeroscope v2, the embedded one) and Show-1's as MODEL, CLIP, VAE.
 
 Latents are frames in the batch, [F,4,h,w]; a batch is one clip. The UNet is diffusers' own class with
-ComfyUI's layers.
+ComfyUI's layers. Show-1's key frame model works on pixels, [F,3,h,w] in -1..1, which the host's pixel-space VAE gives.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from .diffusers_folder import (
     list_folders,
     read_weights,
 )
+from .t5_text import load_t5
 
 __all__ = [
     "EMBEDDED",
@@ -53,7 +54,11 @@ WEIGHT_DTYPES = {
     "bf16": torch.bfloat16,
     "fp8_e4m3fn": torch.float8_e4m3fn,
 }
-BETA_SCHEDULES = {"scaled_linear": "linear", "linear": "sqrt_linear"}  # diffusers' names -> the host's
+BETA_SCHEDULES = {  # diffusers' names -> the host's
+    "scaled_linear": "linear",
+    "linear": "sqrt_linear",
+    "squaredcos_cap_v2": "cosine",
+}
 PREDICTIONS = {
     "epsilon": comfy.model_base.ModelType.EPS,
     "v_prediction": comfy.model_base.ModelType.V_PREDICTION,
@@ -69,7 +74,10 @@ def load_folder(path: str | os.PathLike, *, weight_dtype: str = "default"):
     Raises ModelFolderError naming the folder, the file and what is wrong with it, before it reads weights.
     """
     folder = ModelFolder(folder_path(path) if path == EMBEDDED else path)
-    vae, clip = load_vae(folder), load_clip(folder)
+    if folder.pixel:
+        vae, clip = comfy.sd.VAE(sd={"pixel_space_vae": torch.tensor(1.0)}), load_t5(folder)
+    else:
+        vae, clip = load_vae(folder), load_clip(folder)
     model = load_model(folder, weight_dtype=weight_dtype)
     log.info("loaded %s: diffusion model in %s", folder.path.name, model.model.get_dtype())
     return model, clip, vae
@@ -85,7 +93,7 @@ def load_model(folder: ModelFolder, *, weight_dtype: str = "default", disable_dy
     model_config = _model_config(folder)
     prediction = _prediction(folder)
     net = _build(folder)
-    weights = read_weights(folder.weights_file("unet"), shapes(net))
+    weights = read_weights(folder.weights_files("unet"), shapes(net))
     storage, compute = _choose_dtypes(weights, model_config, weight_dtype)
     model_config.set_inference_dtype(storage, compute)
     replace_layers(net, comfy.ops.pick_operations(storage, compute, model_config=model_config), storage)
@@ -115,8 +123,18 @@ class UNet3DConfig(comfy.supported_models_base.BASE):
         self.sampling_settings, self.latent_format = sampling, latent
 
 
+class PixelFormat(comfy.latent_formats.LatentFormat):
+    """Pixels in -1..1 as latents; a preview shows them as they are."""
+
+    latent_channels = 3
+    spacial_downscale_ratio = 1
+
+    def __init__(self):
+        self.latent_rgb_factors = torch.eye(3).tolist()
+
+
 class UNet3DVideoModel(comfy.model_base.BaseModel):
-    """The host's model around a `SpacetimeUNet3D`."""
+    """The host's model around a `SpacetimeUNet3D` or a `PixelUNet3D`."""
 
     def __init__(self, config: UNet3DConfig, prediction: comfy.model_base.ModelType, net: torch.nn.Module):
         super().__init__(config, prediction)
@@ -131,7 +149,10 @@ class UNet3DVideoModel(comfy.model_base.BaseModel):
 
 
 def _build(folder: ModelFolder) -> torch.nn.Module:
-    from .unet3d_model import build
+    if folder.pixel:
+        from .show1_model import build
+    else:
+        from .unet3d_model import build
 
     try:
         return build(folder.config("unet"))
@@ -155,7 +176,7 @@ def _model_config(folder: ModelFolder) -> UNet3DConfig:
     start, end = settings["linear_start"], settings["linear_end"]
     if not all(isinstance(beta, float) for beta in (start, end)) or not 0 < start <= end < 1:
         raise ModelFolderError(f"{path}: beta_start {start!r} and beta_end {end!r}; expected 0 < start <= end < 1")
-    return UNet3DConfig(settings, latent_format(folder))
+    return UNet3DConfig(settings, PixelFormat() if folder.pixel else latent_format(folder))
 
 
 def _prediction(folder: ModelFolder) -> comfy.model_base.ModelType:

@@ -60,10 +60,11 @@ class HostAttention:
         return attn.to_out[1](attn.to_out[0](out))
 
 
-class SpacetimeUNet3D(UNet3DConditionModel):
-    """The UNet of ModelScope text-to-video and Zeroscope, called with the frames in the batch.
+class FramesInBatch:
+    """What makes a network callable as the host calls one, with the frames of clips in the batch.
 
-    State-dict keys and module paths are diffusers' own.
+    `of_clips(x, times, context, frames, options)`: the network's own forward pass, for x (clips F, C, h, w), times
+    (clips,), context (clips F, L, C) to (clips F, C, h, w).
     """
 
     storage_dtype = torch.float32
@@ -74,7 +75,7 @@ class SpacetimeUNet3D(UNet3DConditionModel):
         return self.__dict__.get("_compute_dtype") or self.storage_dtype
 
     def forward(self, x, timestep, context=None, control=None, transformer_options=None, **kwargs) -> torch.Tensor:
-        """Predict noise (or v), [chunks*F,4,h,w], for x of the same shape.
+        """Predict noise (or v), [chunks*F,C,h,w], for x of the same shape.
 
         timestep: [chunks*F], 0..999, the same in all rows. context: [chunks*F,L,C], one prompt a frame.
         chunks is `len(transformer_options["cond_or_uncond"])`; a chunk is one clip of F = rows / chunks
@@ -93,19 +94,28 @@ class SpacetimeUNet3D(UNet3DConditionModel):
         frames = clip_length(x.shape[0], options)
         clips = x.shape[0] // frames
         options[CALL] = {"frames": frames, "clips": clips, "hw": tuple(x.shape[-2:]), "context": context}
-        video = x.unflatten(0, (clips, frames)).movedim(1, 2)
         times = timestep.expand(x.shape[0])[::frames]
         self.__dict__["_compute_dtype"] = x.dtype
         try:
-            out = super().forward(
-                video,
-                times,
-                context[::frames],
-                cross_attention_kwargs={"transformer_options": options},
-                return_dict=False,
-            )[0]
+            return self.of_clips(x, times, context, frames, options)
         finally:
             self.__dict__["_compute_dtype"] = None
+
+
+class SpacetimeUNet3D(FramesInBatch, UNet3DConditionModel):
+    """The UNet of ModelScope text-to-video and Zeroscope, called with the frames in the batch.
+
+    State-dict keys and module paths are diffusers' own.
+    """
+
+    def of_clips(self, x, times, context, frames, options) -> torch.Tensor:
+        """See `FramesInBatch`."""
+        video = x.unflatten(0, (-1, frames)).movedim(1, 2)
+        extra = {"transformer_options": options}
+        prompts = context[::frames]
+        out = UNet3DConditionModel.forward(
+            self, video, times, prompts, cross_attention_kwargs=extra, return_dict=False
+        )[0]
         return out.movedim(2, 1).flatten(0, 1)
 
 

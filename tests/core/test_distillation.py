@@ -131,3 +131,21 @@ def test_progress_is_told_after_every_step():
     assert [p.step for p in told] == [0, 1, 2, 3]
     assert all(set(p.losses) == {"score", "pull"} and p.losses["score"] > 0 for p in told)
     assert all(torch.equal(p.denoised, draw(1)) for p in told)
+
+
+@pytest.mark.parametrize(("term", "look"), [("score", "denoised"), ("pull", "pull")])
+def test_what_is_not_finite_stops_the_run_and_is_named(term, look):
+    source = draw(0)
+    painter = Painter(draw(1), draw(2), pull=draw(3))
+    wrong = torch.full_like(source, float("nan"))
+
+    def at_the_third(*arguments):
+        seen = painter(*arguments)
+        if len(painter.seen) < 3:
+            return seen
+        if look == "denoised":
+            return Look(wrong, seen.denoised_source, seen.regularisers)
+        return Look(seen.denoised, seen.denoised_source, {"pull": (1.0, wrong)})
+
+    with pytest.raises(ValueError, match=f"Video DDS: {term} is not finite at step 3"):
+        run(at_the_third, source, steps=5, weights={"pull": 0.1})

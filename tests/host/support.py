@@ -15,6 +15,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from safetensors.torch import save_file
 from spacetime_edit.host.gradients import FUSED_KERNELS
+from spacetime_edit.host.loaders import show1_model, t5_text
 from spacetime_edit.host.loaders.diffusers_folder import EMBEDDED_PATH, ModelFolder
 from spacetime_edit.host.loaders.unet3d import load_model
 from spacetime_edit.host.loaders.unet3d_model import build
@@ -57,19 +58,78 @@ def sd15_model():
     return comfy.model_patcher.CoreModelPatcher(model, *devices)
 
 
+SHOW1 = {  # entries and their order of size as in show-1-base, whose widths are 320, 640, 960, 1280 and heads 64 wide
+    "_class_name": "UNet3DConditionModel",
+    "act_fn": "gelu",
+    "addition_embed_type": "text",
+    "addition_embed_type_num_heads": 4,
+    "attention_head_dim": 8,
+    "block_out_channels": [32, 64, 96],
+    "cross_attention_dim": 64,
+    "cross_attention_norm": "group_norm",
+    "down_block_types": ["ResnetDownsampleBlock3D", "SimpleCrossAttnDownBlock3D", "SimpleCrossAttnDownBlock3D"],
+    "encoder_hid_dim": 16,
+    "encoder_hid_dim_type": "text_proj",
+    "in_channels": 3,
+    "layers_per_block": 2,
+    "mid_block_scale_factor": 1,
+    "mid_block_type": "UNetMidBlock3DSimpleCrossAttn",
+    "norm_num_groups": 32,
+    "out_channels": 6,
+    "resnet_time_scale_shift": "scale_shift",
+    "up_block_types": ["SimpleCrossAttnUpBlock3D", "SimpleCrossAttnUpBlock3D", "ResnetUpsampleBlock3D"],
+}
+TINY_T5 = {
+    "architectures": ["T5EncoderModel"],
+    "d_ff": 32,
+    "d_kv": 4,
+    "d_model": 16,
+    "feed_forward_proj": "gated-gelu",
+    "num_heads": 4,
+    "num_layers": 2,
+    "vocab_size": 32128,
+}
+PIXEL_SCHEDULER = {
+    "_class_name": "DDPMScheduler",
+    "beta_schedule": "squaredcos_cap_v2",
+    "num_train_timesteps": 1000,
+    "prediction_type": "epsilon",
+    "variance_type": "learned_range",
+}
+
+
+def show1_folder(folder):
+    """A folder in the layout of showlab/show-1-base, tiny, with random weights."""
+    configs = {"unet": SHOW1, "text_encoder": TINY_T5}
+    nets = {"unet": show1_model.build(SHOW1), "text_encoder": t5_text.empty(TINY_T5)}
+    names = {"unet": "diffusion_pytorch_model.safetensors", "text_encoder": "model.safetensors"}
+    for part, config in configs.items():
+        (folder / part).mkdir(parents=True)
+        (folder / part / "config.json").write_text(json.dumps(config))
+        save_file(random_weights(nets[part]), folder / part / names[part])
+    (folder / "scheduler").mkdir()
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(PIXEL_SCHEDULER))
+    return folder
+
+
+def random_weights(net):
+    """Scales of norms 1, the rest noise by the width of its input, from a fixed seed."""
+    generator = torch.Generator().manual_seed(1)
+    weights = {}
+    for name, weight in net.state_dict().items():
+        is_scale = weight.ndim == 1 and name.endswith("weight")
+        noise = torch.randn(weight.shape, generator=generator)
+        weights[name] = torch.ones(weight.shape) if is_scale else noise * max(weight[0].numel(), 1) ** -0.5
+    return weights
+
+
 def unet3d_model(folder, **config):
     """A ModelPatcher of the embedded model's layout with `config` changed in its UNet and random weights."""
     shutil.copytree(EMBEDDED_PATH, folder, dirs_exist_ok=True)
     path = folder / "unet" / "config.json"
     settings = json.loads(path.read_text()) | config
     path.write_text(json.dumps(settings))
-    generator = torch.Generator().manual_seed(1)
-    weights = {}
-    for name, weight in build(settings).state_dict().items():
-        is_scale = weight.ndim == 1 and name.endswith("weight")
-        noise = torch.randn(weight.shape, generator=generator)
-        weights[name] = torch.ones(weight.shape) if is_scale else noise * max(weight[0].numel(), 1) ** -0.5
-    save_file(weights, folder / "unet" / "diffusion_pytorch_model.safetensors")
+    save_file(random_weights(build(settings)), folder / "unet" / "diffusion_pytorch_model.safetensors")
     return load_model(ModelFolder(folder))
 
 

@@ -369,8 +369,8 @@ DAMAGE = {
         "no UNet3DConditionModel has these",
     ),
     "schedule": (
-        lambda f: edit_json(f / "scheduler/scheduler_config.json", beta_schedule="squaredcos_cap_v2"),
-        "scheduler_config.json: beta_schedule 'squaredcos_cap_v2'",
+        lambda f: edit_json(f / "scheduler/scheduler_config.json", beta_schedule="sigmoid"),
+        "scheduler_config.json: beta_schedule 'sigmoid'",
     ),
     "key": (
         lambda f: edit_weights(f / UNET_FILE, rename_first),

@@ -72,6 +72,7 @@ def test_settings_that_cannot_work_are_refused_before_the_run(values, words):
 
 def test_curves_of_one_step_and_of_zeros_are_drawn():
     assert loss_chart([(0.5, {"score": 0.0, "S-SSM": 1.0})]).isfinite().all()
+    assert loss_chart([]).shape == (1, 432, 768, 3)
 
 
 # --- boxes --------------------------------------------------------------
