@@ -11,7 +11,7 @@ One object gets another colour or another shape. Every method optimises the clip
 
 Rows: the unedited copy, the true edit through the VAE, prompt swap by sampling. Columns: those of `quality_str`; frame
 consistency, the mean cosine of neighbouring frames; saturation drift, the change of the mean saturation inside the
-object against the true edit.
+object against the true edit. Below them the targets, met or missed.
 """
 # ruff: noqa: E402 (the pack is loaded before it is imported)
 
@@ -34,7 +34,7 @@ from pack import load_pack
 load_pack()
 
 from spacetime_edit.benchmarks import _figures as figures
-from spacetime_edit.benchmarks._cases import CEILING, COPY, SWAP, Case, make_cases
+from spacetime_edit.benchmarks._cases import CEILING, COPY, KEPT, SWAP, Case, make_cases
 from spacetime_edit.benchmarks._cases import measure as measure_edit
 from spacetime_edit.benchmarks._editing import Editor, Settings, copy, run, swap, through_vae
 from spacetime_edit.core.masks import dilate
@@ -126,6 +126,22 @@ def methods(settings: dict) -> dict[str, dict[str, Callable]]:
     return {"losses": losses, "layers": layers, "masks": masks}
 
 
+def of_losses(rows: list[dict]) -> list[str]:
+    """The targets: the paper's order of ablations, and what the mask does for the background."""
+    of = {row["method"]: row for row in rows if row["kind"] == figures.ALL}
+    full, alone, masked = of[FULL], of[DDS], of[MASKED]
+    accuracy = min(full[name] - alone[name] for name in ("colour_accuracy", "shape_accuracy"))
+    kept, ceiling = full[KEPT[0]], of[CEILING][KEPT[0]]
+    closed = (masked[KEPT[0]] - kept) / (ceiling - kept)
+    path, steady = ([row[name] for row in (full, alone)] for name in ("trajectory_error_px", "consistency"))
+    return [
+        figures.verdict(path[0] < path[1], f"trajectory error {path[0]:.2f} px, DDS alone {path[1]:.2f}: lower"),
+        figures.verdict(steady[0] > steady[1], f"frame consistency {steady[0]:.4f}, DDS alone {steady[1]:.4f}: higher"),
+        figures.verdict(accuracy >= -0.05, f"worse of colour and shape {accuracy:+.3f} against DDS, at least -0.05"),
+        figures.verdict(closed >= 0.7, f"the mask closes {closed:.2f} of the gap to the VAE's ceiling, at least 0.70"),
+    ]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=("losses", "layers", "masks"), nargs="+", default=["losses"])
@@ -146,6 +162,8 @@ def main() -> int:
             rows = figures.summarise(records, COLUMNS)
             comparisons = figures.compare(records, PAIRS, arguments.seed)
             print(figures.format_rows(rows, COLUMNS), figures.format_comparisons(comparisons), sep="\n")
+            if group == "losses":
+                print(*of_losses(rows), sep="\n")
             report[group] = {"rows": rows, "comparisons": comparisons, "clips": records}
             if arguments.json:
                 arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

@@ -15,14 +15,15 @@ class LoadVideoDiffusersModel(io.ComfyNode):
             display_name="Load Video Diffusers Model",
             category="Spacetime Edit/load",
             description=(
-                "Loads a text-to-video model of the ModelScope / Zeroscope family from a folder in "
-                "diffusers layout. The result works with the usual nodes: CLIP Text Encode, KSampler, VAE "
+                "Loads a text-to-video model of the ModelScope / Zeroscope family, or Show-1's key frame model, from a "
+                "folder in diffusers layout. The result works with the usual nodes: CLIP Text Encode, KSampler, VAE "
                 "Encode and VAE Decode. A batch of latent images is one clip, one image a frame. A tiny "
                 "model for trying things out is part of the pack."
             ),
             search_aliases=[
                 "zeroscope",
                 "modelscope",
+                "show-1",
                 "text to video",
                 "diffusers loader",
                 "unet3d",
@@ -35,8 +36,8 @@ class LoadVideoDiffusersModel(io.ComfyNode):
                     default=unet3d.EMBEDDED,
                     tooltip=(
                         "A folder below models/diffusers, for example a download of "
-                        "cerspense/zeroscope_v2_576w or damo-vilab/text-to-video-ms-1.7b. The embedded tiny "
-                        "model draws coloured shapes in 8 frames of 64 x 64 pixels and needs no download."
+                        "cerspense/zeroscope_v2_576w, damo-vilab/text-to-video-ms-1.7b or showlab/show-1-base. The "
+                        "embedded tiny model draws coloured shapes in 8 frames of 64 x 64 pixels and needs no download."
                     ),
                 ),
                 io.Combo.Input(

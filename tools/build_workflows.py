@@ -306,7 +306,7 @@ def save_and_load(graph: Graph, name: str) -> None:
 
 def zeroscope(graph: Graph) -> None:
     """STR-Match on real weights and a clip of the user's."""
-    model, parts, clip = load_zeroscope(graph, use.ZEROSCOPE_FRAMES)
+    model, parts, clip = load_folder(graph, use.ZEROSCOPE, use.ZEROSCOPE_FRAMES)
     graph.group("Encode")
     positive, latent = encode(graph, model, clip["images"], "a red car drives along a road")
     graph.group("What it will cost")
@@ -332,10 +332,10 @@ def zeroscope(graph: Graph) -> None:
 
 def dds_zeroscope(graph: Graph) -> None:
     """DreamMotion on real weights and a clip of the user's."""
-    model, parts, clip = load_zeroscope(graph, use.DDS_FRAMES)
+    model, parts, clip = load_folder(graph, use.ZEROSCOPE, use.DDS_FRAMES)
     graph.group("Encode")
-    source, latent = encode(graph, model, clip["images"], "a red car drives along a road")
-    positive, negative = prompts(graph, model, "a red car drives along a road, oil painting", group="Optimise")
+    source, latent = encode(graph, model, clip["images"], use.DDS_SOURCE)
+    positive, negative = prompts(graph, model, use.DDS_PROMPT, group="Optimise")
     conds = {"source_positive": source["CONDITIONING"], "positive": positive["CONDITIONING"]}
     conds["negative"] = negative["CONDITIONING"]
     moved = graph.add("STE_VideoDDSOptimize", model=model["MODEL"], latent=latent["LATENT"], **conds)
@@ -345,6 +345,42 @@ def dds_zeroscope(graph: Graph) -> None:
     pair = graph.add("ImageStitch", title="Clip | edit", image1=clip["images"], image2=edited)
     film = graph.add("CreateVideo", images=pair["IMAGE"], fps=parts["fps"])
     graph.add("SaveVideo", title="Film: clip | edit", video=film["VIDEO"], filename_prefix="spacetime_edit/dreammotion")
+
+
+def dds_show1(graph: Graph) -> None:
+    """DreamMotion on the pixels of Show-1's key frames, then drawn large by Zeroscope."""
+    model, parts, clip = load_folder(graph, use.SHOW1, use.DDS_FRAMES)
+    graph.group("Encode")
+    source, latent = encode(graph, model, clip["images"], use.DDS_SOURCE)
+    graph.group("Optimise key frames")
+    positive = graph.add("CLIPTextEncode", "Prompt: the edit", "green", text=use.DDS_PROMPT, clip=model["CLIP"])
+    negative = graph.add("CLIPTextEncode", "Negative prompt", "red", text=use.SHOW1_NEGATIVE, clip=model["CLIP"])
+    graph.column()
+    of_prompts = {"source_positive": source, "positive": positive, "negative": negative}
+    conds = {key: node["CONDITIONING"] for key, node in of_prompts.items()}
+    moved = graph.add("STE_VideoDDSOptimize", model=model["MODEL"], latent=latent["LATENT"], **conds, **use.SHOW1_DDS)
+    edited = graph.add("VAEDecode", samples=moved["latent"], vae=model["VAE"])["IMAGE"]
+    graph.group("Draw them large")
+    larger = folder(graph, use.ZEROSCOPE)
+    scaled = graph.add("ImageScale", image=edited, upscale_method="lanczos", crop="center", **use.REFINED_SIZE)
+    graph.column()
+    latent = graph.add("VAEEncode", pixels=scaled["IMAGE"], vae=larger["VAE"])
+    positive = graph.add("CLIPTextEncode", "Prompt: the edit", "green", text=use.DDS_PROMPT, clip=larger["CLIP"])
+    negative = graph.add("CLIPTextEncode", "Negative prompt", "red", text=use.SHOW1_NEGATIVE, clip=larger["CLIP"])
+    graph.column()
+    drawn = graph.add(
+        "KSampler",
+        model=larger["MODEL"],
+        positive=positive["CONDITIONING"],
+        negative=negative["CONDITIONING"],
+        latent_image=latent["LATENT"],
+        denoise=use.REFINED_DENOISE,
+    )
+    graph.group("Result")
+    images = graph.add("VAEDecode", samples=drawn["LATENT"], vae=larger["VAE"])["IMAGE"]
+    graph.column()
+    film = graph.add("CreateVideo", images=images, fps=parts["fps"])
+    graph.add("SaveVideo", title="Film: the edit", video=film["VIDEO"], filename_prefix="spacetime_edit/show1")
 
 
 def sd15(graph: Graph, name: str, *, tracked: bool) -> None:
@@ -427,6 +463,11 @@ def relevant(graph: Graph, source: Source, clip: Node) -> Output:
 
 # --- parts ------------------------------------------------------------
 
+FOLDERS = {  # address and longest side
+    use.ZEROSCOPE: (use.ZEROSCOPE_URL, use.ZEROSCOPE_SIDE),
+    use.SHOW1: (use.SHOW1_URL, use.SHOW1_SIDE),
+}
+
 
 def load(graph: Graph, clip: str, edit: int = use.NEW_SHAPE) -> tuple[Node, Node]:
     """The group with the embedded model and a clip."""
@@ -435,15 +476,22 @@ def load(graph: Graph, clip: str, edit: int = use.NEW_SHAPE) -> tuple[Node, Node
     return model, graph.add("STE_LoadExampleClip", clip=clip, edit=edit)
 
 
-def load_zeroscope(graph: Graph, frames: int) -> tuple[Node, Node, Node]:
+def folder(graph: Graph, name: str) -> Node:
+    """The loader of a folder that the user has downloaded."""
+    url, _ = FOLDERS[name]
+    model = graph.add("STE_LoadVideoDiffusersModel", model_name=name)
+    model.models = [{"name": name, "url": url, "directory": "diffusers"}]
+    return model
+
+
+def load_folder(graph: Graph, name: str, frames: int) -> tuple[Node, Node, Node]:
     """The group with real weights and a clip of the user's: the model, the parts of the video, the clip that fits."""
     graph.group("Load")
-    model = graph.add("STE_LoadVideoDiffusersModel", model_name=use.ZEROSCOPE)
-    model.models = [{"name": use.ZEROSCOPE, "url": use.ZEROSCOPE_URL, "directory": "diffusers"}]
+    model = folder(graph, name)
     file = graph.add("LoadVideo", title="Your clip: choose a file", file="")
     graph.column()
     parts = graph.add("GetVideoComponents", video=file["VIDEO"])
-    size = {"max_frames": frames, "max_side": use.ZEROSCOPE_SIDE}
+    size = {"max_frames": frames, "max_side": FOLDERS[name][1]}
     return model, parts, graph.add("STE_FitClipToModel", images=parts["images"], model=model["MODEL"], **size)
 
 
@@ -536,6 +584,7 @@ TEMPLATES: dict[str, tuple[str, Callable]] = {  # name: key of the notes and of 
     "Recolour inside a box - DreamMotion (tiny)": ("dds_mask", partial(dds, masked=True)),
     "Recolour, then polish - DreamMotion with STR-Match (tiny)": ("dds_polish", partial(dds, polished=True)),
     "Restyle a clip - DreamMotion (Zeroscope)": ("dds_zeroscope", lambda graph, name: dds_zeroscope(graph)),
+    "Restyle key frames in pixels - DreamMotion (Show-1)": ("dds_show1", lambda graph, name: dds_show1(graph)),
     "Several objects - ST-Layout with ControlNet (SD 1.5)": ("sd15", partial(sd15, tracked=False)),
     "Several objects - ST-Layout with SAM3 and ControlNet (SD 1.5)": ("sd15_sam3", partial(sd15, tracked=True)),
     "Delete an object - STR-Match (tiny)": ("delete", partial(tiny, **DELETE)),

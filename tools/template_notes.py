@@ -12,6 +12,8 @@ from template_settings import (
     SD15_FRAMES,
     SD15_SIDE,
     SD15_TRACKED,
+    SHOW1,
+    SHOW1_URL,
     TINY_LAMBDA,
     ZEROSCOPE,
     ZEROSCOPE_FRAMES,
@@ -136,6 +138,16 @@ and press **R** to refresh. Then choose your clip, write what it shows and what 
 
 {DDS_FRAMES} frames: each step takes four passes of the model and two backward passes, so more frames take long. With \
 200 steps it is as much work as some 400 steps of sampling with CFG.""",
+    "dds_show1": f"""## DreamMotion on pixels
+Show-1 draws key frames of 64 x 40 pixels without a VAE. **Video DDS Optimize** edits those pixels; Zeroscope then \
+draws them large.
+
+**Download** all of [{SHOW1}]({SHOW1_URL}) (its text encoder is T5-XXL, 9 GB in half precision) and of \
+[{ZEROSCOPE}]({ZEROSCOPE_URL}) into `ComfyUI/models/diffusers`, and press **R** to refresh. Then choose your clip, \
+write what it shows and what it should show, and run.
+
+The method's authors edit {DDS_FRAMES} key frames of 2 frames a second, and have Show-1 draw the frames between. That \
+stage is not part of the pack; a frame interpolation node can take its place.""",
     "sd15": f"""## Several objects on SD 1.5
 {SD15_FILES}. Press **R**, choose your clip, write what it shows and what it shall show, and run.
 
@@ -252,6 +264,10 @@ stay more. (At 0 there is no match and no curve: that is the template *prompt sw
 - **Mask from Boxes** to **mask**: only what lies in the boxes follows the new prompt.
 - **steps** 100 for a first look.
 - **s_ssm** 0.1 if nothing changes, 0.6 if too much does.""",
+    "dds_show1": """### Try
+- **denoise** of *KSampler* 0.3: nearer to the pixels as they were edited. 0.8: as much as Show-1's own last stage.
+- any other upscaler in place of *Draw them large*.
+- **Mask from Boxes** to **mask**: only what lies in the boxes follows the new prompt.""",
     "sd15": """### Try
 - **shared_norms** in *Inflate Attention to Video* if brightness flickers.
 - **levels** *2,4,8* there: much faster, details agree less.
