@@ -19,8 +19,10 @@ from .parametrization import NoiseSpace, add_noise
 STEP_UNIT = 0.035 / 0.4
 """What a step size of 1 moves by a gradient of 1, such that the paper's 0.4 is an element-wise step of 0.035, whatever
 the number of frames."""
-EMA_STEPS = 20
-"""Over which the balance of the regularisers is averaged."""
+BALANCE_EVERY = 4
+"""Steps from one look at each regulariser's own gradient to the next; between them their sum has one gradient."""
+BALANCE_OVER = 5
+"""Such looks over which the balance is averaged."""
 
 
 def delta_denoising_gradient(
@@ -41,12 +43,17 @@ def delta_denoising_gradient(
 
 @dataclass(frozen=True)
 class Look:
-    """What the model says of both noised latents: guided predictions of x0, and for each regulariser its loss and the
-    loss's gradient with respect to the noised target. denoised_source None: plain score distillation (SDS)."""
+    """What the model says of both noised latents: guided predictions of x0, and losses of regularisers by name.
+
+    denoised_source None: plain score distillation (SDS). Gradients are with respect to the noised target: slopes, of
+    each loss, or pull, of the sum of the losses, each times the scale that was asked for.
+    """
 
     denoised: Tensor
     denoised_source: Tensor | None
-    regularisers: Mapping[str, tuple[float, Tensor]] = field(default_factory=dict)
+    losses: Mapping[str, float] = field(default_factory=dict)
+    slopes: Mapping[str, Tensor] = field(default_factory=dict)
+    pull: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -64,7 +71,7 @@ class Progress:
 
 def distill(
     source: Tensor,
-    look: Callable[[Tensor, Tensor, Tensor], Look],
+    look: Callable[[Tensor, Tensor, Tensor, Mapping[str, float] | None], Look],
     sigma_of: Callable[[float], Tensor],
     space: NoiseSpace,
     *,
@@ -80,11 +87,12 @@ def distill(
     """The optimised latent, which begins as `source` (any shape).
 
     Each step draws t uniformly from `t_range` (1 = pure noise, 0 = clean) and one noise, on the CPU from `generator`,
-    so that a seed gives one result on every device. look(target_t, source_t, sigma): see `Look`; sigma_of(t): the noise
-    level. mask: 1 = edit, broadcasts to the latent; it filters the score's gradient only, as in the paper. weights: of
-    the regularisers by name; balanced: each is scaled so that the RMS of its gradient is that share of the score's
-    inside the mask, averaged over 20 steps, else it multiplies the gradient. Plain gradient descent. ValueError, naming
-    step and term, where a gradient is not finite.
+    so that a seed gives one result on every device. look(target_t, source_t, sigma, scales): see `Look`; scales None:
+    slopes are wanted, else pull. sigma_of(t): the noise level. mask: 1 = edit, broadcasts to the latent; it filters the
+    score's gradient only, as in the paper. weights: of the regularisers by name; balanced: each is scaled so that the
+    RMS of its gradient is that share of the score's inside the mask, looked at every 4 steps and averaged over 20, else
+    it multiplies the gradient. Plain gradient descent. ValueError, naming step and term, where a gradient is not
+    finite.
     """
     target, balance = source.clone(), _Balance(dict(weights or {}), balanced)
     for step in range(steps):
@@ -92,19 +100,21 @@ def distill(
         t = low + (high - low) * float(torch.rand((), generator=generator, dtype=torch.float64))
         sigma = sigma_of(t).to(source)
         noise = torch.randn(source.shape, generator=generator).to(source)
-        seen = look(add_noise(target, noise, sigma, space), add_noise(source, noise, sigma, space), sigma)
+        scales = None if balance.due(step) else balance.scales
+        noised = add_noise(target, noise, sigma, space), add_noise(source, noise, sigma, space)
+        seen = look(*noised, sigma, scales)
         gradient = delta_denoising_gradient(target, source, seen.denoised, seen.denoised_source, sigma, space)
         if mask is not None:
             gradient = gradient * mask
         signal, _ = space.signal_and_noise(sigma)
-        losses = {"score": float(gradient.square().mean())}
-        total = gradient
-        for name, (loss, slope) in seen.regularisers.items():
-            losses[name] = float(loss)
-            total = total + balance.scale(name, signal * slope, gradient, mask) * signal * slope
-        _check_finite(
-            step, sigma, {"score": gradient} | {name: slope for name, (_, slope) in seen.regularisers.items()}
-        )
+        slopes = {name: signal * slope for name, slope in seen.slopes.items()}
+        for name, slope in slopes.items():
+            balance.measure(name, slope, gradient, mask)
+        pulls = [balance.scales.get(name, 0.0) * slope for name, slope in slopes.items()]
+        pulls += [] if seen.pull is None else [signal * seen.pull]
+        _check_finite(step, sigma, {"score": gradient} | slopes | {"a regulariser": sum(pulls, torch.zeros(()))})
+        total = sum(pulls, gradient)
+        losses = {"score": float(gradient.square().mean()), **seen.losses}
         target = target - step_size * STEP_UNIT * total
         callback(Progress(step, t, sigma, target, seen.denoised, losses))
     return target
@@ -121,20 +131,31 @@ def _check_finite(step: int, sigma: Tensor, terms: Mapping[str, Tensor]) -> None
 
 
 class _Balance:
-    """How much a regulariser's gradient is multiplied by."""
+    """How much a regulariser's gradient is multiplied by: `scales` by name, as far as known."""
 
     def __init__(self, weights: dict[str, float], balanced: bool):
-        self._weights, self._balanced = weights, balanced
+        self._weights = {name: weight for name, weight in weights.items() if weight}
+        self._balanced = balanced
         self._squares: dict[str, tuple[float, float]] = {}
 
-    def scale(self, name: str, slope: Tensor, gradient: Tensor, mask: Tensor | None) -> float:
-        weight = self._weights.get(name, 0.0)
-        if not self._balanced or weight == 0:
-            return weight
+    @property
+    def scales(self) -> dict[str, float]:
+        if not self._balanced:
+            return self._weights
+        return {name: self._weights[name] * (score / own) ** 0.5 for name, (score, own) in self._squares.items()}
+
+    def due(self, step: int) -> bool:
+        """Whether this step has to look at each gradient by itself."""
+        unknown = self._weights.keys() - self._squares.keys()
+        return self._balanced and bool(self._weights) and (bool(unknown) or step % BALANCE_EVERY == 1)
+
+    def measure(self, name: str, slope: Tensor, gradient: Tensor, mask: Tensor | None) -> None:
+        """Takes one look into account, unless the gradient is 0, as before the first step, where nothing has moved."""
+        own = float(slope.square().mean())
+        if name not in self._weights or not own > 0:
+            return
         share = 1.0 if mask is None else float(mask.expand_as(gradient).float().mean())
-        now = float(gradient.square().mean()) / max(share, 1e-6), float(slope.square().mean())
-        keep = 1 - 1 / EMA_STEPS
+        now = float(gradient.square().mean()) / max(share, 1e-6), own
         before = self._squares.get(name, now)
+        keep = 1 - 1 / BALANCE_OVER
         self._squares[name] = tuple(keep * b + (1 - keep) * n for b, n in zip(before, now, strict=True))
-        of_score, own = self._squares[name]
-        return weight * (of_score / own) ** 0.5 if own > 0 else 0.0

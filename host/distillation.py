@@ -37,6 +37,7 @@ Branch = Literal["text", "negative"]
 SOURCE_POSITIVE = "source_positive"
 IN_SPACE = ("spatial", "joint")
 """Kinds of attention whose keys are compared: those of a frame's own tokens."""
+TOGETHER = "all regularisers"
 PREVIEW_SECONDS = 1.0
 
 
@@ -196,6 +197,22 @@ class DistillationSampler(comfy.samplers.Sampler):
         )
 
 
+@dataclass
+class _Found:
+    """What regularisers say, as in `core.distillation.Look`."""
+
+    losses: dict[str, float] = field(default_factory=dict)
+    slopes: dict[str, Tensor] = field(default_factory=dict)
+    pull: Tensor | None = None
+
+    def add(self, name: str, slope: Tensor, scales: Mapping[str, float] | None) -> None:
+        """The slope of one more regulariser."""
+        if scales is None:
+            self.slopes[name] = slope
+        elif name in scales:
+            self.pull = scales[name] * slope + (0 if self.pull is None else self.pull)
+
+
 class _Looks:
     """What the model says of the noised latents of a step."""
 
@@ -205,15 +222,18 @@ class _Looks:
         self._of_model = [name for name in self._active if name != MOTION]
         self._low_memory, self._measured = settings.low_memory, False
 
-    def __call__(self, target: Tensor, source: Tensor, sigma: Tensor) -> Look:
+    def __call__(self, target: Tensor, source: Tensor, sigma: Tensor, scales: Mapping[str, float] | None) -> Look:
+        """See `core.distillation.distill`; of the model's regularisers each gradient is a backward pass."""
         comfy.model_management.throw_exception_if_processing_interrupted()
         held, seen_source = None, None
         if self._settings.delta or self._of_model:
             seen_source, held = self._of_source(source, sigma)
-        denoised, found = self._of_target(target, sigma, held)
+        denoised, found = self._of_target(target, sigma, held, scales)
         if MOTION in self._active:
-            found[MOTION] = self._motion(target, source, sigma)
-        return Look(denoised, seen_source, found)
+            loss, slope = self._motion(target, source, sigma)
+            found.losses[MOTION] = loss
+            found.add(MOTION, slope, scales)
+        return Look(denoised, seen_source, found.losses, found.slopes, found.pull)
 
     def _recorders(self) -> tuple[KeyRecorder, FeatureRecorder | None, Recorders]:
         keys = KeyRecorder(self._settings.blocks)
@@ -235,40 +255,45 @@ class _Looks:
         held = own_keys, {} if features is None else features.features
         return self._guided(seen, x, sigma) if self._settings.delta else None, held
 
-    def _of_target(self, x: Tensor, sigma: Tensor, held) -> tuple[Tensor, dict]:
-        """The guided prediction, and each regulariser's loss with its gradient."""
+    def _of_target(self, x: Tensor, sigma: Tensor, held, scales) -> tuple[Tensor, "_Found"]:
+        """The guided prediction, and what the regularisers say."""
         prompts = {"text": "positive", "negative": "negative"}
         graded = self._settings.branch if self._of_model else None
         seen = {}
         for branch, name in prompts.items():
             if branch != graded:
                 seen[branch] = self._metered(name, x, sigma) if graded else self._predict(name, x, sigma)
-        found = {}
+        found = _Found()
         if graded:
-            arguments = prompts[graded], x, sigma, held
+            arguments = prompts[graded], x, sigma, held, scales
             lean = None if self._low_memory else lambda: self._lean(*arguments)
             knobs = "the layers (such as u1)"
             seen[graded], found = with_less_memory("Video DDS", lambda: self._with_gradient(*arguments), lean, knobs)
         return self._guided(seen, x, sigma), found
 
-    def _lean(self, *arguments) -> tuple[Tensor, dict]:
+    def _lean(self, *arguments) -> tuple[Tensor, "_Found"]:
         self._low_memory = True
         return self._with_gradient(*arguments)
 
-    def _with_gradient(self, prompt: str, x: Tensor, sigma: Tensor, held) -> tuple[Tensor, dict]:
+    def _with_gradient(self, prompt: str, x: Tensor, sigma: Tensor, held, scales) -> tuple[Tensor, "_Found"]:
         base, patcher = self._guider.inner_model, self._guider.model_patcher
         keys, features, recorder = self._recorders()
         tap = AttentionTap(patcher, [recorder], differentiable=True)
         family, half = family_of(patcher), base.get_dtype_inference() == torch.float16
-        kept = []
+        kept, found = [], _Found()
+        largest = max(scales.values(), default=1.0) if scales else 1.0  # half precision holds the sum as it holds each
 
         def losses(denoised: Tensor) -> dict[str, Tensor]:
             kept.append(denoised.detach())
-            return self._losses(held, keys.keys, {} if features is None else features.features)
+            own = self._losses(held, keys.keys, {} if features is None else features.features)
+            found.losses = {name: float(value.detach()) for name, value in own.items()}
+            if scales is None:
+                return own
+            return {TOGETHER: sum(scales.get(name, 0.0) / largest * value for name, value in own.items())}
 
         blocks = checkpointed(base.diffusion_model, family, tap, recorder)
         with blocks if self._low_memory else contextlib.nullcontext():
-            found = latent_gradients(
+            gradients = latent_gradients(
                 base,
                 x,
                 sigma,
@@ -278,7 +303,12 @@ class _Looks:
                 loss_scale=HALF_PRECISION_SCALE if half else 1.0,
                 mutates=family.mutates,
             )
-        return kept[0], {name: (float(value), gradient) for name, (value, gradient) in found.items()}
+        for name, (_, gradient) in gradients.items():
+            if scales is None:
+                found.slopes[name] = gradient
+            else:
+                found.pull = largest * gradient
+        return kept[0], found
 
     def _losses(self, held, keys: dict[str, Tensor], features: dict) -> dict[str, Tensor]:
         source_keys, source_features = held

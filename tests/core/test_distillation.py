@@ -36,12 +36,16 @@ class Painter:
 
     def __init__(self, target, source=None, pull=None):
         self.target, self.source, self.pull = target, source, pull
-        self.seen = []
+        self.seen, self.asked = [], []
 
-    def __call__(self, target_t, source_t, sigma):
+    def __call__(self, target_t, source_t, sigma, scales):
         self.seen.append((target_t, source_t, float(sigma)))
-        regularisers = {} if self.pull is None else {"pull": (1.0, self.pull)}
-        return Look(self.target, self.source, regularisers)
+        self.asked.append(scales)
+        if self.pull is None:
+            return Look(self.target, self.source)
+        if scales is None:
+            return Look(self.target, self.source, {"pull": 1.0}, {"pull": self.pull})
+        return Look(self.target, self.source, {"pull": 1.0}, pull=scales.get("pull", 0.0) * self.pull)
 
 
 def run(look, source, space=NoiseSpace.VE, seed=0, **options):
@@ -133,19 +137,49 @@ def test_progress_is_told_after_every_step():
     assert all(torch.equal(p.denoised, draw(1)) for p in told)
 
 
-@pytest.mark.parametrize(("term", "look"), [("score", "denoised"), ("pull", "pull")])
-def test_what_is_not_finite_stops_the_run_and_is_named(term, look):
+def test_each_gradient_is_looked_at_by_itself_every_fourth_step_and_the_sum_between():
+    mask = torch.ones(SHAPE)
+    look = Painter(draw(1), draw(2), draw(5))
+    run(look, draw(0), steps=10, weights={"pull": 0.3}, mask=mask)
+    assert [scales is None for scales in look.asked] == [s in (0, 1, 5, 9) for s in range(10)]
+    fixed = Painter(draw(1), draw(2), draw(5))
+    run(fixed, draw(0), steps=3, weights={"pull": 0.3, "none": 0.0}, balanced=False)
+    assert fixed.asked == [{"pull": 0.3}] * 3
+
+
+def test_a_gradient_of_zero_says_nothing_of_the_balance():
+    """As before the first step, where source and target are one."""
+
+    class Starting(Painter):
+        def __call__(self, *arguments):
+            self.pull = torch.zeros(SHAPE, dtype=torch.float64) if not self.seen else draw(5)
+            return super().__call__(*arguments)
+
+    look = Starting(draw(1), draw(2), draw(5))
+    run(look, draw(0), steps=3, weights={"pull": 0.3}, mask=torch.ones(SHAPE))
+    assert [scales is None for scales in look.asked] == [True, True, False]
+
+
+@pytest.mark.parametrize("term", ["score", "pull"])
+def test_what_is_not_finite_stops_the_run_and_is_named(term):
     source = draw(0)
     painter = Painter(draw(1), draw(2), pull=draw(3))
     wrong = torch.full_like(source, float("nan"))
 
-    def at_the_third(*arguments):
+    def at_the_second(*arguments):
         seen = painter(*arguments)
-        if len(painter.seen) < 3:
+        if len(painter.seen) < 2:
             return seen
-        if look == "denoised":
-            return Look(wrong, seen.denoised_source, seen.regularisers)
-        return Look(seen.denoised, seen.denoised_source, {"pull": (1.0, wrong)})
+        if term == "score":
+            return Look(wrong, seen.denoised_source, seen.losses, seen.slopes)
+        return Look(seen.denoised, seen.denoised_source, seen.losses, {"pull": wrong})
 
-    with pytest.raises(ValueError, match=f"Video DDS: {term} is not finite at step 3"):
-        run(at_the_third, source, steps=5, weights={"pull": 0.1})
+    with pytest.raises(ValueError, match=f"Video DDS: {term} is not finite at step 2"):
+        run(at_the_second, source, steps=5, weights={"pull": 0.1})
+
+
+def test_a_sum_that_is_not_finite_stops_the_run_too():
+    wrong = torch.full(SHAPE, float("nan"), dtype=torch.float64)
+    look = lambda *_: Look(draw(1), draw(2), {"pull": 1.0}, pull=wrong)  # noqa: E731
+    with pytest.raises(ValueError, match="Video DDS: a regulariser is not finite at step 1"):
+        run(look, draw(0), steps=2, weights={"pull": 0.1}, balanced=False)

@@ -59,12 +59,12 @@ def test_each_regularisers_gradient_is_that_of_finite_differences(tiny, name, br
     direction = clip(2) / clip(2).norm()
 
     def at(looks, target, source, sigma):
-        value = lambda x: looks(x, source, sigma).regularisers[name][0]  # noqa: E731
+        value = lambda x: looks(x, source, sigma, None).losses[name]  # noqa: E731
         step = 0.05
         slope = (value(target + step * direction) - value(target - step * direction)) / (2 * step)
-        gradient = looks(target, source, sigma).regularisers[name][1]
+        gradient = looks(target, source, sigma, None).slopes[name]
         looks._low_memory = True
-        return slope, gradient, looks(target, source, sigma).regularisers[name][1]
+        return slope, gradient, looks(target, source, sigma, None).slopes[name]
 
     slope, gradient, lean = looked(tiny, at, branch=branch, weights={name: 1.0})
     along = float((gradient * direction).sum())
@@ -73,18 +73,28 @@ def test_each_regularisers_gradient_is_that_of_finite_differences(tiny, name, br
 
 
 def test_several_regularisers_have_the_gradients_that_each_has_alone(tiny):
-    at = lambda looks, *arguments: looks(*arguments).regularisers  # noqa: E731
+    at = lambda looks, *arguments: looks(*arguments, None).slopes  # noqa: E731
     together = looked(tiny, at)
     lean = looked(tiny, at, low_memory=True)
     assert set(together) == set(EVERY)
     for name in EVERY:
         alone = looked(tiny, at, weights={name: 1.0})
-        assert support.relative(together[name][1], alone[name][1]) < 1e-5
-        assert support.relative(lean[name][1], together[name][1]) < 1e-4
+        assert support.relative(together[name], alone[name]) < 1e-5
+        assert support.relative(lean[name], together[name]) < 1e-4
+
+
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_their_sum_has_the_sum_of_their_gradients(tiny, low_memory):
+    scales = {SPATIAL: 300.0, TEMPORAL: 20.0, RELEVANCE: 5.0, MOTION: 0.5}
+    apart = looked(tiny, lambda looks, *a: looks(*a, None))
+    found = looked(tiny, lambda looks, *a: looks(*a, scales), low_memory=low_memory)
+    wanted = sum(scale * apart.slopes[name] for name, scale in scales.items())
+    assert support.relative(found.pull, wanted) < 1e-4
+    assert found.losses == pytest.approx(apart.losses, rel=1e-4) and not found.slopes
 
 
 def test_predictions_are_the_guiders_own(tiny):
-    denoised, other = looked(tiny, lambda looks, *a: (looks(*a).denoised, looks(*a).denoised_source))
+    denoised, other = looked(tiny, lambda looks, *a: (looks(*a, {}).denoised, looks(*a, {}).denoised_source))
     source, target, negative = prompts(tiny)
     for prompt, x, seen in ((target, 2 * clip(), denoised), (source, 2 * clip() + 0.5 * clip(1), other)):
         wanted = support.prediction(tiny.model, prompt, x, negative, 3.0)

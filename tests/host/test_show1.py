@@ -180,10 +180,10 @@ def test_its_gradients_are_those_of_finite_differences(show1):
     def at(guider, x, sigma, extra_args):
         looks = distillation._Looks(settings, guider, extra_args["model_options"])
         other = x + pixels(5)
-        value = lambda x: looks(x, other, sigma).regularisers[SPATIAL][0]  # noqa: E731
-        gradient = looks(x, other, sigma).regularisers[SPATIAL][1]
+        value = lambda x: looks(x, other, sigma, None).losses[SPATIAL]  # noqa: E731
+        gradient = looks(x, other, sigma, None).slopes[SPATIAL]
         looks._low_memory = True
-        lean = looks(x, other, sigma).regularisers[SPATIAL][1]
+        lean = looks(x, other, sigma, None).slopes[SPATIAL]
         direction = gradient / gradient.norm()
         slopes = [(value(x + h * direction) - value(x - h * direction)) / (2 * h) for h in (0.1, 0.2)]
         return (4 * slopes[0] - slopes[1]) / 3, gradient, lean
