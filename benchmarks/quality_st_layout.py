@@ -14,6 +14,8 @@ which is meant. All methods start from one inversion and keep what lies in no ma
                 inversion and edit; with temporal attention modulated too
     order       one region after the other, with an inversion between, against both at once
     same shape  forms of importance on clips whose objects have one shape, of which neither changes it
+    crossing    forms of importance on clips whose objects change sides, which the model never saw; each object is looked
+                for about its place in the source
 
 Rows: the unedited copy, the true edit through the VAE, the target from random noise by the prompt as it should read.
 Columns: colour and shape of the objects, each in its half; both objects right; leakage, the share of regions of the
@@ -67,7 +69,8 @@ COLUMNS = {
 }
 TUNED = {"cross_strength": 3.0, "self_strength": 1.0, "end": 0.6}
 COPY, CEILING, NOISE = "unedited copy", "true edit through VAE", "random noise, prompt as it should read"
-SAME_SHAPE = "same shape"
+SAME_SHAPE, CROSSING = "same shape", "crossing"
+ABOUT_PX = 6  # about an object's place in the source, where that of a crossing clip is looked for
 SWAP, CROSS, SELF, BOTH = "prompt swap", "cross only", "self only", "cross and self"
 
 
@@ -92,11 +95,13 @@ class Case:
 
 
 def make_cases(group: str, seed: int, n: int) -> list[Case]:
-    """Of the group `SAME_SHAPE`: two objects of one shape that get other colours."""
+    """Of the group `SAME_SHAPE`: two objects of one shape that get other colours; of `CROSSING`: two that change
+    sides."""
+    draw = world.sample_crossing if group == CROSSING else partial(world.sample_scene, objects=2)
     generator, cases = np.random.default_rng([seed, 6]), []
     while len(cases) < n:
         kinds = ("colour",) if group == SAME_SHAPE else KINDS[len(cases) % len(KINDS)]
-        source = target = world.sample_scene(generator, 2)
+        source = target = draw(generator)
         if group == SAME_SHAPE and len({pair.shape for pair in source.description.objects}) > 1:
             continue
         for index in range(2):
@@ -107,11 +112,17 @@ def make_cases(group: str, seed: int, n: int) -> list[Case]:
     return cases
 
 
+def places(masks: Tensor) -> Tensor:
+    """(2, F, 64, 64) bool: about each object's visible part, without the other's."""
+    seen = world.visible_masks(masks)
+    return (dilated(seen, ABOUT_PX) > 0.5) & (seen.flip(0) < 0.5)
+
+
 def measure(case: Case, frames: Tensor, reconstruction: Tensor) -> dict[str, float]:
     """Figures of merit of an edited clip; leakage only where a region has its colour."""
     wanted = case.target.description.objects
-    seen = instruments.identify(frames, 2)
     source, masks = world.render(case.source)
+    seen = instruments.identify_in(frames, places(masks)) if case.group == CROSSING else instruments.identify(frames, 2)
     colours = [a.colour == b.colour for a, b in zip(seen, wanted, strict=True)]
     leaks = [seen[1 - i].colour == wanted[i].colour for i in range(2) if colours[i]]
     return {
@@ -249,6 +260,7 @@ GROUPS = {
     "frames": FRAMES,
     "order": ORDER,
     SAME_SHAPE: {name: FORMS[name] for name in (SWAP, CROSS, BOTH)},
+    CROSSING: {CEILING: through_vae} | {name: FORMS[name] for name in (SWAP, CROSS, BOTH, "released, tuned")},
 }
 PAIRS = [(CROSS, SWAP), (BOTH, SWAP), (BOTH, CROSS)]
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from spacetime_edit.core.masks import dilate
 from spacetime_edit.tools.shape_world import instruments, media, world
 from spacetime_edit.tools.shape_world.clips import read_clips
 from spacetime_edit.tools.shape_world.statistics import paired_bootstrap
@@ -228,6 +229,18 @@ def test_crossing_ground_truth_scores_perfectly_by_colour_and_not_by_halves():
         assert instruments.shape_accuracy(frames, target, colours) == 1, world.caption(scene)
         assert instruments.trajectory_error_px(frames, masks, colours) < 0.6
         assert instruments.trajectory_error_px(frames, masks) > 5
+
+
+def test_objects_that_change_sides_are_known_by_their_places():
+    generator = np.random.default_rng(4)
+    for _ in range(4):
+        scene = world.sample_crossing(generator)
+        other = world.sample_edit(world.sample_edit(scene, "shape", generator, 0), "colour", generator, 1)
+        places = world.visible_masks(world.render(scene)[1])
+        places = (dilate(places.flatten(0, 1), 6).view_as(places) > 0.5) & (places.flip(0) < 0.5)
+        for shown in (scene, other):
+            seen = instruments.identify_in(world.render(shown)[0], places)
+            assert [s[:2] for s in seen] == [o[:2] for o in shown.description.objects]
 
 
 def test_colours_find_objects_that_stay_in_their_half_as_halves_do():

@@ -173,6 +173,16 @@ def identify(frames: Tensor, objects: int, colours: Colours | None = None) -> li
     return [Pair(s.colour, shape_name(outline)) for s, outline in zip(seen, outlines, strict=True)]
 
 
+def identify_in(frames: Tensor, places: Tensor) -> list[Pair]:
+    """Colour and shape of what is seen in each of the places (K, F, 64, 64) bool; None where nothing is.
+
+    Only frames in which no two objects touch tell a shape.
+    """
+    labels = segment(frames, background_name(frames))
+    seen = [_sight(labels, place) for place in places]
+    return [Pair(s.colour, shape_name(outline)) for s, outline in zip(seen, _apart(seen), strict=True)]
+
+
 def background_accuracy(frames: Tensor, target: Description) -> float:
     """1 if the clip has the target's background, else 0."""
     return float(background_name(frames) == target.background)
