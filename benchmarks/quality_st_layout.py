@@ -14,8 +14,8 @@ which is meant. All methods start from one inversion and keep what lies in no ma
                 inversion and edit; with temporal attention modulated too
     order       one region after the other, with an inversion between, against both at once
     same shape  forms of importance on clips whose objects have one shape, of which neither changes it
-    crossing    forms of importance on clips whose objects change sides, which the model never saw; each object is looked
-                for about its place in the source
+    crossing    forms of importance on clips whose objects change sides, which the model never saw; each object is
+                looked for about its place in the source
 
 Rows: the unedited copy, the true edit through the VAE, the target from random noise by the prompt as it should read.
 Columns: colour and shape of the objects, each in its half; both objects right; leakage, the share of regions of the
