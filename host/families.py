@@ -79,6 +79,21 @@ FAMILIES = (
         frame_rule=(1, 0),
     ),
     Family(
+        name="LaVie",
+        base_model="UNet3DVideoModel",
+        diffusion_model="LaVieUNet",
+        attention=(
+            ("spatial", r"(down|mid|up)_blocks?\.(?:(\d+)\.)?attentions\.(\d+)\.transformer_blocks\.(\d+)\.attn1"),
+            ("cross", r"(down|mid|up)_blocks?\.(?:(\d+)\.)?attentions\.(\d+)\.transformer_blocks\.(\d+)\.attn2"),
+            ("temporal", r"(down|mid|up)_blocks?\.(?:(\d+)\.)?attentions\.(\d+)\.transformer_blocks\.(\d+)\.attn_temp"),
+        ),
+        blocks=r"(?:down_blocks\.\d+|mid_block|up_blocks\.\d+)\.(?:resnets|attentions)\.\d+",
+        norms=r"(?!)",  # they see the whole clip as they are
+        mutates=False,
+        downsamplers=r"down_blocks\.\d+\.downsamplers\.\d+",
+        frame_rule=(1, 0),
+    ),
+    Family(
         name="SD 1.5",
         base_model="BaseModel",
         diffusion_model="UNetModel",

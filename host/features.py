@@ -82,5 +82,7 @@ def _tensors_of(call: AttentionCall) -> dict[str, Tensor]:
     if call.kind == "temporal":
         work = torch.promote_types(call.query.dtype, torch.float32)
         logits = call.query.to(work) @ call.key.to(work).mT * call.scale
+        if call.mask is not None:
+            logits = logits + call.mask.to(work)
         return {f"{path} map": torch.softmax(logits, -1)}
     return {}

@@ -51,17 +51,17 @@ class InflatedTap(AttentionTap):
         self._norms = [path for path, _ in model.model.diffusion_model.named_modules() if re.fullmatch(norms, path)]
 
     @contextlib.contextmanager
-    def _following(self, run, within=""):
+    def _following(self, run, block=""):
         inflation = run.options.get(INFLATION)
         shared = inflation is not None and inflation.shared_norms and len(run.frames) > 1
-        norms = _shared_norms(run, self._norms, within) if shared else contextlib.nullcontext()
-        with super()._following(run, within), norms:
+        norms = _shared_norms(run, self._norms, block) if shared else contextlib.nullcontext()
+        with super()._following(run, block), norms:
             yield
 
 
 @contextlib.contextmanager
-def _shared_norms(run, norms: Sequence[str], within: str):
-    """The group norms at these paths that begin with `within` take (B F, C, H, W) as (B, C, F H, W)."""
+def _shared_norms(run, norms: Sequence[str], block: str):
+    """The group norms at these paths, of a block only those inside it, take (B F, C, H, W) as (B, C, F H, W)."""
     prompts, frames, handles = len(run.prompts), len(run.frames), []
 
     def joined(module, args):
@@ -73,7 +73,7 @@ def _shared_norms(run, norms: Sequence[str], within: str):
 
     try:
         for path in norms:
-            if path.startswith(within):
+            if not block or path.startswith(f"{block}."):
                 module = run.network.get_submodule(path)
                 handles.append(module.register_forward_pre_hook(joined))
                 handles.append(module.register_forward_hook(parted))

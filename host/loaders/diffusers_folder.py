@@ -142,7 +142,7 @@ class ModelFolder:
             _check_config(self.file(part, name), f"pixel {part}" if self.pixel else part, self.config(part))
         for part in ("unet", "vae", "text_encoder"):
             for weights in self.weights_files(part) if part in files else ():
-                _shapes(weights)
+                read_shapes(weights)
 
     @cached_property
     def pixel(self) -> bool:
@@ -245,7 +245,7 @@ def read_weights(
     """
     shapes, weights = {}, {}
     for path in paths:
-        shapes |= {rename(key): shape for key, shape in _shapes(path).items() if rename(key) is not None}
+        shapes |= {rename(key): shape for key, shape in read_shapes(path).items() if rename(key) is not None}
     _compare(paths[0], expected, shapes)
     for path in paths:
         state = comfy.utils.load_torch_file(str(path)) if path.suffix == ".safetensors" else _load_bin(path)
@@ -324,8 +324,8 @@ def _check_blocks(path: Path, key: str, value: object, allowed: tuple[str, ...],
             raise ModelFolderError(f"{path}: {key} names the block {name!r}; this loader reads {', '.join(allowed)}")
 
 
-def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Key -> shape, from the header only."""
+def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Key -> shape, of a safetensors file from its header only. ModelFolderError for a file that is damaged."""
     if path.suffix != ".safetensors":
         return {key: tuple(tensor.shape) for key, tensor in _load_bin(path).items()}
     try:
@@ -336,11 +336,13 @@ def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _load_bin(path: Path) -> dict[str, torch.Tensor]:
-    """A `.bin` file, memory-mapped, tensors only."""
+    """A `.bin` or `.pt` file, memory-mapped, tensors only; of a training checkpoint the averaged weights ("ema")."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise _unreadable(path, error) from error
+    if isinstance(state, dict) and isinstance(state.get("ema"), dict):
+        state = state["ema"]
     if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
         raise ModelFolderError(f"{path}: expected a dictionary of tensors. {WHERE_TO_GET}")
     return state

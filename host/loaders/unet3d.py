@@ -94,6 +94,21 @@ def load_model(folder: ModelFolder, *, weight_dtype: str = "default", disable_dy
     prediction = _prediction(folder)
     net = _build(folder)
     weights = read_weights(folder.weights_files("unet"), shapes(net))
+    reload = reload_model, (str(folder.path), weight_dtype)
+    return patcher_of(net, weights, model_config, prediction, weight_dtype, reload, disable_dynamic=disable_dynamic)
+
+
+def patcher_of(
+    net: torch.nn.Module,
+    weights: dict[str, torch.Tensor],
+    model_config: UNet3DConfig,
+    prediction: comfy.model_base.ModelType,
+    weight_dtype: str,
+    reload: tuple,
+    *,
+    disable_dynamic: bool,
+):
+    """A network on the meta device and its weights as a ModelPatcher; reload: a function and its arguments."""
     storage, compute = _choose_dtypes(weights, model_config, weight_dtype)
     model_config.set_inference_dtype(storage, compute)
     replace_layers(net, comfy.ops.pick_operations(storage, compute, model_config=model_config), storage)
@@ -103,7 +118,7 @@ def load_model(folder: ModelFolder, *, weight_dtype: str = "default", disable_dy
     model = UNet3DVideoModel(model_config, prediction, net)
     kind = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
     patcher = kind(model, management.get_torch_device(), management.unet_offload_device())
-    patcher.cached_patcher_init = (reload_model, (str(folder.path), weight_dtype))
+    patcher.cached_patcher_init = reload
     return patcher
 
 
@@ -134,7 +149,7 @@ class PixelFormat(comfy.latent_formats.LatentFormat):
 
 
 class UNet3DVideoModel(comfy.model_base.BaseModel):
-    """The host's model around a `SpacetimeUNet3D` or a `PixelUNet3D`."""
+    """The host's model around one of the networks that are called with the frames in the batch."""
 
     def __init__(self, config: UNet3DConfig, prediction: comfy.model_base.ModelType, net: torch.nn.Module):
         super().__init__(config, prediction)

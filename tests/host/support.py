@@ -15,7 +15,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from safetensors.torch import save_file
 from spacetime_edit.host.gradients import FUSED_KERNELS
-from spacetime_edit.host.loaders import show1_model, t5_text
+from spacetime_edit.host.loaders import lavie_model, show1_model, t5_text
 from spacetime_edit.host.loaders.diffusers_folder import EMBEDDED_PATH, ModelFolder
 from spacetime_edit.host.loaders.unet3d import load_model
 from spacetime_edit.host.loaders.unet3d_model import build
@@ -110,6 +110,25 @@ def show1_folder(folder):
     (folder / "scheduler").mkdir()
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(PIXEL_SCHEDULER))
     return folder
+
+
+LAVIE = {
+    "attention_head_dim": 8,  # diffusers' name for the number of heads
+    "block_out_channels": [32, 64],
+    "cross_attention_dim": 16,
+    "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+    "layers_per_block": 1,
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+}
+
+
+def lavie_weights():
+    """Random weights under the names of the released lavie_base.pt, of a tiny network."""
+    weights = random_weights(lavie_model.build(LAVIE))
+    return {
+        name.replace(".norm1.norm.", ".norm1.").replace(".norm2.norm.", ".norm2.").replace("out.norm.", "out."): w
+        for name, w in weights.items()
+    }
 
 
 def random_weights(net):

@@ -1,0 +1,217 @@
+"""LaVie's base model: loader against the network written down once more, taps, gradients, the methods."""
+
+import comfy.samplers
+import pytest
+import torch
+from safetensors.torch import save_file
+from spacetime_edit.core.parametrization import NoiseSpace
+from spacetime_edit.core.regions import Region
+from spacetime_edit.host.attention_tap import AttentionTap
+from spacetime_edit.host.checkpointing import checkpointed
+from spacetime_edit.host.distillation import SPATIAL, TEMPORAL, Distillation, key_blocks, optimise
+from spacetime_edit.host.families import attention_layers, family_of, noise_space
+from spacetime_edit.host.features import FeatureRecorder
+from spacetime_edit.host.gradients import latent_gradient
+from spacetime_edit.host.loaders import lavie
+from spacetime_edit.host.loaders.diffusers_folder import ModelFolderError
+from spacetime_edit.host.loaders.lavie_model import distance_buckets, rotate
+from spacetime_edit.host.region_patch import RegionModulation, patch_regions
+from spacetime_edit.host.region_prompt import Layout
+from spacetime_edit.host.relevance_matching import RelevanceMatching, leading_cond, str_score_of
+from spacetime_edit.host.sampling import TrajectorySampler, invert
+from spacetime_edit.tests.host import support
+from spacetime_edit.tests.host.plain_lavie import PlainLaVie, bucket, rotated
+
+FRAMES, SIDE, WIDTH = 4, 8, 16
+
+
+@pytest.fixture(scope="module")
+def weights():
+    with torch.inference_mode():
+        return support.lavie_weights()
+
+
+@pytest.fixture(scope="module")
+def file(weights, tmp_path_factory):
+    path = tmp_path_factory.mktemp("models") / "lavie_base.pt"
+    torch.save({"ema": weights | {f"{name}.rotary_emb.freqs": torch.ones(2) for name in temporal(weights)}}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(file):
+    with torch.inference_mode():
+        return lavie.load_lavie(file)
+
+
+@pytest.fixture(scope="module")
+def quiet(weights, tmp_path_factory):
+    """One whose noise hardly depends on what it sees, as a trained one's between near steps: so it can be inverted."""
+    path = tmp_path_factory.mktemp("models") / "quiet.safetensors"
+    save_file({name: w * (0.003 if name.startswith("conv_out") else 1) for name, w in weights.items()}, path)
+    with torch.inference_mode():
+        return lavie.load_lavie(path)
+
+
+def temporal(weights):
+    return [name.removesuffix(".to_q.weight") for name in weights if name.endswith("attn_temp.to_q.weight")]
+
+
+def clip(seed=0, frames=FRAMES):
+    return torch.randn(frames, 4, SIDE, SIDE, generator=torch.Generator().manual_seed(seed))
+
+
+def conditioning(seed=0, tokens=7):
+    return [[torch.randn(1, tokens, WIDTH, generator=torch.Generator().manual_seed(seed)), {}]]
+
+
+def sigmas_of(model, steps=4):
+    return comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "ddim_uniform", steps)
+
+
+def test_the_network_equals_one_that_is_written_by_hand(model, weights):
+    plain, contexts = PlainLaVie(weights), torch.cat([conditioning(seed)[0][0] for seed in (0, 1)])
+    x = torch.stack([clip(2), clip(3)])
+    times = torch.tensor([300.0, 700.0])
+    wanted = plain(x.movedim(1, 2), times, contexts).movedim(2, 1).flatten(0, 1)
+    each = times.repeat_interleave(FRAMES), contexts.repeat_interleave(FRAMES, 0)
+    got = model.model.diffusion_model(x.flatten(0, 1), *each, transformer_options={"cond_or_uncond": [0, 1]})
+    assert got.std() > 0.05 and (got - wanted).abs().max() <= 2e-5
+
+
+def test_places_in_time():
+    """Heads wider than the rotary part, and the buckets of all distances up to 40 frames."""
+    x = torch.randn(2, 3, 5, 40)
+    assert (rotate(x) - rotated(x)).abs().max() <= 1e-5 and torch.equal(rotate(x)[..., 32:], x[..., 32:])
+    assert distance_buckets(40).tolist() == [[bucket(i, j) for j in range(40)] for i in range(40)]
+
+
+def test_the_noise_schedule_is_linear_in_beta(model):
+    betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+    alphas = (1 - betas).cumprod(0)
+    wanted = ((1 - alphas) / alphas).sqrt()
+    assert torch.allclose(model.get_model_object("model_sampling").sigmas.double(), wanted, rtol=1e-4)
+    assert noise_space(model) is NoiseSpace.VE and family_of(model).name == "LaVie"
+
+
+def test_every_attention_is_classified_and_pairs_share_a_block(model):
+    layers = attention_layers(model)
+    kinds = [layer.kind for layer in layers.values()]
+    assert kinds.count("spatial") == kinds.count("cross") == kinds.count("temporal") == 4
+    assert {layer.block for layer in layers.values()} == {"d0", "m0", "u0", "u1"}
+    seen = {}
+    tap = AttentionTap(model, [lambda call: seen.update({call.layer.path: call})])
+    support.prediction(model, conditioning(), clip(), cfg=1.0, options=tap.install(model.model_options))
+    assert set(seen) == set(layers)
+    for call in seen.values():
+        frames, height, width = call.grid
+        rows = height * width if call.kind == "temporal" else frames
+        tokens = frames if call.kind == "temporal" else height * width
+        assert call.query.shape[:3] == (rows, 8, tokens) and len(call.rows) == rows
+        assert (call.mask is not None) == (call.kind == "temporal")
+
+
+def test_temporal_maps_hold_the_bias_of_time(model):
+    """The recorded map times the values is what the layer's attention gave."""
+    recorder, outputs, values = FeatureRecorder(frozenset({"m0"})), {}, {}
+
+    def listen(call):
+        recorder(call)
+        if call.kind == "temporal" and call.layer.block == "m0":
+            values["value"] = call.value
+            outputs["out"] = call.attend(call.query, call.key, call.value, call.scale, call.mask)
+
+    tap = AttentionTap(model, [listen])
+    support.prediction(model, conditioning(), clip(), cfg=1.0, options=tap.install(model.model_options))
+    (features,) = recorder.features.values()
+    assert (features.temporal @ values["value"].float() - outputs["out"].float()).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_gradients_are_those_of_finite_differences(model, low_memory):
+    """Of a loss on queries, keys and temporal maps of all blocks, along the gradient itself."""
+
+    def at(guider, x, sigma, extra_args):
+        base, cond = guider.inner_model, leading_cond(guider.conds["positive"], sigma, "positive")
+
+        def run(x):
+            recorder = FeatureRecorder(None)
+            tap = AttentionTap(model, [recorder], differentiable=True)
+
+            def loss(_):
+                parts = [t for f in recorder.features.values() for t in (f.query, f.key, f.temporal)]
+                return sum(part.square().mean() for part in parts)
+
+            blocks = checkpointed(base.diffusion_model, family_of(model), tap, recorder)
+            options = tap.install(extra_args["model_options"])
+            if not low_memory:
+                return latent_gradient(base, x, sigma, cond, loss, model_options=options)
+            with blocks:
+                return latent_gradient(base, x, sigma, cond, loss, model_options=options)
+
+        gradient = run(x)[1]
+        direction = gradient / gradient.norm()
+        slopes = [float(run(x + h * direction)[0] - run(x - h * direction)[0]) / (2 * h) for h in (0.05, 0.1)]
+        return (4 * slopes[0] - slopes[1]) / 3, float(gradient.norm())
+
+    slope, norm = support.at_one_sigma(support.guider_of(model, conditioning()), 2 * clip(), at)
+    assert abs(slope / norm - 1) <= 1e-3
+
+
+def test_inversion_comes_back_and_matching_edits(quiet):
+    model = quiet
+    before = support.Untouched(model)
+    sigmas = sigmas_of(model, 8)
+    trajectory = invert(model, conditioning(), 0.5 * clip(), sigmas, refinements=5)
+    guider = support.guider_of(model, conditioning(1), conditioning(2), 2.0)
+    empty = torch.zeros(trajectory.shape)
+
+    def edited(strength, positive=None):
+        steps = [RelevanceMatching(str_score_of(trajectory, "m0,u0"), strength)] if strength else []
+        own = guider if positive is None else support.guider_of(model, positive)
+        sampler = TrajectorySampler(trajectory, before_step=steps)
+        return own.sample(empty, empty, sampler, sigmas, disable_pbar=True, seed=0)
+
+    assert support.relative(edited(0.0, conditioning()), 0.5 * clip()) < 0.02
+    plain, matched = edited(0.0), edited(0.05)
+    assert matched.isfinite().all() and not torch.equal(plain, matched)
+    assert before.changed() == []
+
+
+def test_regions_and_dds_run(model):
+    before = support.Untouched(model)
+    left = torch.zeros(1, SIDE, SIDE)
+    left[..., :4] = 1
+    layout = Layout("a prompt", (Region("a", left), Region("b", 1 - left)), ((1, 2), (4,)), 7)
+    modulation = RegionModulation(layout, end=1.0, levels=frozenset({1, 2}))
+    patched = patch_regions(model, modulation)
+    plain = support.prediction(model, conditioning(), clip(), conditioning(1))
+    assert not torch.equal(support.prediction(patched, conditioning(), clip(), conditioning(1)), plain)
+    neutral = patch_regions(model, RegionModulation(layout, self_strength=0.0, cross_strength=0.0))
+    assert torch.equal(support.prediction(neutral, conditioning(), clip(), conditioning(1)), plain)
+    settings = Distillation(steps=3, weights={SPATIAL: 0.3, TEMPORAL: 0.1}, blocks=key_blocks(model))
+    moved, _ = optimise(model, conditioning(), conditioning(1), conditioning(2), clip(), settings, seed=0)
+    assert moved.isfinite().all() and support.relative(moved, clip()) > 1e-3
+    assert before.changed() == []
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp8_e4m3fn"])
+def test_smaller_weights_predict_nearly_the_same(file, model, dtype):
+    small = lavie.load_lavie(file, weight_dtype=dtype)
+    plain, seen = (support.prediction(m, conditioning(), clip()) for m in (model, small))
+    assert support.relative(seen, plain) < 0.15 and not torch.equal(seen, plain)
+
+
+def test_a_file_of_something_else_is_refused_with_what_it_holds(tmp_path, weights):
+    path = tmp_path / "other.safetensors"
+    save_file({k: v.clone() for k, v in weights.items() if ".attn_temp." not in k and "norm_temp" not in k}, path)
+    with pytest.raises(ModelFolderError, match="no LaVie base model: its U-Net has no attention over time"):
+        lavie.load_lavie(path)
+    save_file({"model.diffusion_model.weight": torch.zeros(2)}, path)
+    with pytest.raises(ModelFolderError, match="it holds 1 tensors such as 'model.diffusion_model.weight'"):
+        lavie.load_lavie(path)
+    save_file({k: v.clone() for k, v in weights.items() if k != "mid_block.resnets.1.conv1.bias"}, path)
+    with pytest.raises(ModelFolderError, match="key 'mid_block.resnets.1.conv1.bias' is missing"):
+        lavie.load_lavie(path)
+    with pytest.raises(ModelFolderError, match="'nothing.pt' is not in models/diffusion_models"):
+        lavie.file_path("nothing.pt")
