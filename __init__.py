@@ -14,6 +14,7 @@ async def comfy_entrypoint():
     from .nodes.fit_clip import FitClipToModel
     from .nodes.inflate_attention import InflateAttention
     from .nodes.invert_video import InvertVideo
+    from .nodes.load_lavie import LoadLaVie
     from .nodes.load_model import LoadVideoDiffusersModel
     from .nodes.load_trajectory import LoadTrajectory
     from .nodes.mask_from_boxes import MaskFromBoxes
@@ -35,6 +36,7 @@ async def comfy_entrypoint():
         async def get_node_list(self):
             return [
                 LoadVideoDiffusersModel,
+                LoadLaVie,
                 LoadExampleClip,
                 FitClipToModel,
                 InvertVideo,

@@ -305,28 +305,47 @@ def save_and_load(graph: Graph, name: str) -> None:
 
 
 def zeroscope(graph: Graph) -> None:
-    """STR-Match on real weights and a clip of the user's."""
-    model, parts, clip = load_folder(graph, use.ZEROSCOPE, use.ZEROSCOPE_FRAMES)
+    """STR-Match on Zeroscope and a clip of the user's."""
+    match_real(graph, *load_folder(graph, use.ZEROSCOPE, use.ZEROSCOPE_FRAMES), "zeroscope")
+
+
+def lavie(graph: Graph) -> None:
+    """STR-Match on LaVie and a clip of the user's."""
+    graph.group("Load")
+    network = graph.add("STE_LoadLaVie", model_name=use.LAVIE)
+    network.models = [{"name": use.LAVIE, "url": use.LAVIE_URL, "directory": "diffusion_models"}]
+    checkpoint = graph.add("CheckpointLoaderSimple", "CLIP and VAE: any SD 1.x", ckpt_name=use.SD15)
+    checkpoint.models = [{"name": use.SD15, "url": use.SD15_URL, "directory": "checkpoints"}]
+    file = graph.add("LoadVideo", title="Your clip: choose a file", file="")
+    graph.column()
+    parts = graph.add("GetVideoComponents", video=file["VIDEO"])
+    size = {"max_frames": use.LAVIE_FRAMES, "max_side": use.LAVIE_SIDE}
+    clip = graph.add("STE_FitClipToModel", images=parts["images"], model=network["MODEL"], **size)
+    model = {"MODEL": network["MODEL"], "CLIP": checkpoint["CLIP"], "VAE": checkpoint["VAE"]}
+    match_real(graph, model, parts, clip, "lavie")
+
+
+def match_real(graph: Graph, model: Node | dict, parts: Node, clip: Node, name: str) -> None:
+    """STR-Match on real weights: cost, inversion, which is saved, edit, and both side by side."""
     graph.group("Encode")
-    positive, latent = encode(graph, model, clip["images"], "a red car drives along a road")
+    positive, latent = encode(graph, model, clip["images"], use.STR_SOURCE)
     graph.group("What it will cost")
     plan = {"model": model["MODEL"], "positive": positive["CONDITIONING"], "latent": latent["LATENT"], "steps": 50}
     graph.add("STE_PredictCost", **plan)
     graph.group("Invert")
     trajectory = inversion(graph, model, positive, latent["LATENT"], 50)
-    prefix = "trajectories/zeroscope"
-    graph.add("STE_SaveTrajectory", trajectory=trajectory["trajectory"], filename_prefix=prefix)
+    graph.add("STE_SaveTrajectory", trajectory=trajectory["trajectory"], filename_prefix=f"trajectories/{name}")
     source = Source(model, latent["LATENT"], trajectory)
 
-    conds = prompts(graph, model, "a blue bus drives along a road")
+    conds = prompts(graph, model, use.STR_PROMPT)
     sampler = str_sampler(graph, trajectory, strength=0.01)
     edited = result(graph, model, sample(graph, source, conds, sampler["sampler"], 7.5))
     film = graph.add("CreateVideo", images=edited, fps=parts["fps"])
-    graph.add("SaveVideo", title="Film: the edit", video=film["VIDEO"], filename_prefix="spacetime_edit/zeroscope")
+    graph.add("SaveVideo", title="Film: the edit", video=film["VIDEO"], filename_prefix=f"spacetime_edit/{name}")
     graph.column()
     pair = graph.add("ImageStitch", title="Clip | edit", image1=clip["images"], image2=edited)
     film = graph.add("CreateVideo", images=pair["IMAGE"], fps=parts["fps"])
-    prefix = "spacetime_edit/zeroscope_compared"
+    prefix = f"spacetime_edit/{name}_compared"
     graph.add("SaveVideo", title="Film: clip | edit", video=film["VIDEO"], filename_prefix=prefix)
 
 
@@ -583,6 +602,7 @@ TEMPLATES: dict[str, tuple[str, Callable]] = {  # name: key of the notes and of 
     "Recolour the clip - DreamMotion (tiny)": ("dds", dds),
     "Recolour inside a box - DreamMotion (tiny)": ("dds_mask", partial(dds, masked=True)),
     "Recolour, then polish - DreamMotion with STR-Match (tiny)": ("dds_polish", partial(dds, polished=True)),
+    "Swap an object - STR-Match (LaVie)": ("lavie", lambda graph, name: lavie(graph)),
     "Restyle a clip - DreamMotion (Zeroscope)": ("dds_zeroscope", lambda graph, name: dds_zeroscope(graph)),
     "Restyle key frames in pixels - DreamMotion (Show-1)": ("dds_show1", lambda graph, name: dds_show1(graph)),
     "Several objects - ST-Layout with ControlNet (SD 1.5)": ("sd15", partial(sd15, tracked=False)),

@@ -7,6 +7,10 @@ from template_settings import (
     DDS_FRAMES,
     DEPTH_MODEL,
     DEPTH_NET,
+    LAVIE,
+    LAVIE_FRAMES,
+    LAVIE_SIDE,
+    LAVIE_URL,
     SAM3,
     SD15,
     SD15_FRAMES,
@@ -187,6 +191,14 @@ To edit from the file, on another day:
 1. Press **R**, so that *Load Trajectory* lists it, and choose it there.
 2. Right-click the title of the group *Another day*: *Set Group Nodes to Always*.
 3. Right-click that of the group *Today*: *Set Group Nodes to Never*. Run: nothing is inverted.""",
+    "lavie": f"""## STR-Match on LaVie
+The model that the method's authors used most. The template offers to download [{LAVIE}]({LAVIE_URL}) to \
+`ComfyUI/models/diffusion_models`, and a Stable Diffusion 1.5 checkpoint for CLIP and VAE. Press **R**, choose your \
+clip, write what it shows and what it should show, and run. *Predict Cost* says first how long it will take: cancel if \
+that is too long.
+
+**Fit Clip to Model** takes the first {LAVIE_FRAMES} frames and scales the longest side to {LAVIE_SIDE}. A clip of 24 \
+frames a second moves little in so few: set **every_nth** to 3.""",
     "zeroscope": f"""## STR-Match on Zeroscope
 **Download** all of [{ZEROSCOPE}]({ZEROSCOPE_URL}) in diffusers layout (folders `unet`, `vae`, `text_encoder`, \
 `tokenizer`) to
@@ -291,6 +303,12 @@ stay more. (At 0 there is no match and no curve: that is the template *prompt sw
 - the file in another graph: *Load Trajectory* wants the same model and the same prompt of the clip.
 - another prompt there: it names what differs, instead of a bad edit.
 - *Sample from Trajectory* behind it: a plain prompt swap.""",
+    "lavie": """### Try
+- **lambda** 0.005 to 0.05. Smaller: more of the prompt. Larger: more of the clip's motion and background.
+- **layers** *m0* in *Capture STR Score* if memory is short.
+- an SD 1.5 finetune for its CLIP and VAE; LoRAs of SD 1.5 fit the model's spatial layers.
+- a **mask** (white = edit) on *Fit Clip to Model*, from there to *STR Latent Optimizer*: the rest of the picture \
+stays.""",
     "zeroscope": """### Try
 - **lambda** 0.005 to 0.05. Smaller: more of the prompt. Larger: more of the clip's motion and background.
 - **steps** 20 in *Invert Video* for a first look, 50 for the result.

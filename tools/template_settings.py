@@ -20,6 +20,13 @@ ZEROSCOPE_URL = "https://huggingface.co/cerspense/zeroscope_v2_576w"
 ZEROSCOPE_SIDE = 576
 ZEROSCOPE_FRAMES = 16
 
+LAVIE = "lavie_base.pt"
+LAVIE_URL = f"https://huggingface.co/Vchitect/LaVie/resolve/main/{LAVIE}"
+LAVIE_SIDE = 512
+LAVIE_FRAMES = 16
+STR_SOURCE = "a red car drives along a road"
+STR_PROMPT = "a blue bus drives along a road"
+
 SEED = 1  # of the noise that a deletion or addition begins from
 
 DELETE_CLIP = "clip_05 - a blue circle on the left and a red circle on the right, white background"

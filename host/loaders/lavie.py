@@ -41,6 +41,12 @@ def file_path(name: str) -> Path:
     return Path(path)
 
 
+def fingerprint(name: str) -> tuple[int, int]:
+    """Changes when the file behind a widget's `name` does."""
+    stat = file_path(name).stat()
+    return stat.st_size, stat.st_mtime_ns
+
+
 def load_lavie(path: str | Path, *, weight_dtype: str = "default", disable_dynamic: bool = False):
     """The file's network as a ModelPatcher.
 
