@@ -122,9 +122,9 @@ LAVIE = {
 }
 
 
-def lavie_weights():
-    """Random weights under the names of the released lavie_base.pt, of a tiny network."""
-    weights = random_weights(lavie_model.build(LAVIE))
+def lavie_weights(context=16):
+    """Random weights under the names of the released lavie_base.pt, of a tiny network; context: width of prompts."""
+    weights = random_weights(lavie_model.build(LAVIE | {"cross_attention_dim": context}))
     return {
         name.replace(".norm1.norm.", ".norm1.").replace(".norm2.norm.", ".norm2.").replace("out.norm.", "out."): w
         for name, w in weights.items()

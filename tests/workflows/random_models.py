@@ -1,0 +1,29 @@
+"""Write tiny models with random weights, in the layouts of released ones, below a folder: a script of its own process.
+
+    python tests/workflows/random_models.py FOLDER
+
+`diffusers/show-1-base` and `diffusion_models/lavie_base.pt`, which reads prompts of the embedded model's width.
+"""
+# ruff: noqa: E402 (the pack is loaded before it is imported)
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
+from pack import load_pack
+
+load_pack()
+
+import torch
+from spacetime_edit.tests.host import support
+
+EMBEDDED_WIDTH = 64
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    with torch.inference_mode():
+        support.show1_folder(folder / "diffusers" / "show-1-base")
+        (folder / "diffusion_models").mkdir()
+        torch.save(support.lavie_weights(EMBEDDED_WIDTH), folder / "diffusion_models" / "lavie_base.pt")
