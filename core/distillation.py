@@ -20,9 +20,10 @@ STEP_UNIT = 0.035 / 0.4
 """What a step size of 1 moves by a gradient of 1, such that the paper's 0.4 is an element-wise step of 0.035, whatever
 the number of frames."""
 BALANCE_EVERY = 4
-"""Steps from one look at each regulariser's own gradient to the next; between them their sum has one gradient."""
+"""Steps from one look at each regulariser's own gradient to the next, which the first steps all have; between them
+their sum has one gradient."""
 BALANCE_OVER = 5
-"""Such looks over which the balance is averaged."""
+"""Looks over which the score's size is averaged."""
 
 
 def delta_denoising_gradient(
@@ -90,9 +91,9 @@ def distill(
     so that a seed gives one result on every device. look(target_t, source_t, sigma, scales): see `Look`; scales None:
     slopes are wanted, else pull. sigma_of(t): the noise level. mask: 1 = edit, broadcasts to the latent; it filters the
     score's gradient only, as in the paper. weights: of the regularisers by name; balanced: each is scaled so that the
-    RMS of its gradient is that share of the score's inside the mask, looked at every 4 steps and averaged over 20, else
-    it multiplies the gradient. Plain gradient descent. ValueError, naming step and term, where a gradient is not
-    finite.
+    RMS of its gradient, where it has been largest so far, is that share of the score's inside the mask, averaged over
+    some 20 steps; else they multiply the gradients. Plain gradient descent. ValueError, naming step and term, where a
+    gradient is not finite.
     """
     target, balance = source.clone(), _Balance(dict(weights or {}), balanced)
     for step in range(steps):
@@ -131,7 +132,11 @@ def _check_finite(step: int, sigma: Tensor, terms: Mapping[str, Tensor]) -> None
 
 
 class _Balance:
-    """How much a regulariser's gradient is multiplied by: `scales` by name, as far as known."""
+    """How much a regulariser's gradient is multiplied by: `scales` by name, as far as known.
+
+    Its largest gradient so far sets the scale: were it the last one, a regulariser that has what it holds would be
+    blown up again to its share, and pull in a direction that says nothing.
+    """
 
     def __init__(self, weights: dict[str, float], balanced: bool):
         self._weights = {name: weight for name, weight in weights.items() if weight}
@@ -147,7 +152,8 @@ class _Balance:
     def due(self, step: int) -> bool:
         """Whether this step has to look at each gradient by itself."""
         unknown = self._weights.keys() - self._squares.keys()
-        return self._balanced and bool(self._weights) and (bool(unknown) or step % BALANCE_EVERY == 1)
+        early = step <= BALANCE_EVERY or step % BALANCE_EVERY == 1
+        return self._balanced and bool(self._weights) and (bool(unknown) or early)
 
     def measure(self, name: str, slope: Tensor, gradient: Tensor, mask: Tensor | None) -> None:
         """Takes one look into account, unless the gradient is 0, as before the first step, where nothing has moved."""
@@ -158,4 +164,4 @@ class _Balance:
         now = float(gradient.square().mean()) / max(share, 1e-6), own
         before = self._squares.get(name, now)
         keep = 1 - 1 / BALANCE_OVER
-        self._squares[name] = tuple(keep * b + (1 - keep) * n for b, n in zip(before, now, strict=True))
+        self._squares[name] = keep * before[0] + (1 - keep) * now[0], max(before[1], own)
