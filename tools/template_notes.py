@@ -140,8 +140,8 @@ Optimizer** holds every place while the model draws clean edges.""",
 
 and press **R** to refresh. Then choose your clip, write what it shows and what it should show, and run.
 
-{DDS_FRAMES} frames: each step takes four passes of the model and two backward passes, so more frames take long. With \
-200 steps it is as much work as some 400 steps of sampling with CFG.""",
+{DDS_FRAMES} frames: each step takes four passes of the model and a backward pass, so more frames take long. With 200 \
+steps it is as much work as some 500 steps of sampling with CFG.""",
     "dds_show1": f"""## DreamMotion on pixels
 Show-1 draws key frames of 64 x 40 pixels without a VAE. **Video DDS Optimize** edits those pixels; Zeroscope then \
 draws them large.
