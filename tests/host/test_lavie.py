@@ -1,6 +1,7 @@
 """LaVie's base model: loader against the network written down once more, taps, gradients, the methods."""
 
 import comfy.samplers
+import comfy.sd
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -193,6 +194,20 @@ def test_regions_and_dds_run(model):
     moved, _ = optimise(model, conditioning(), conditioning(1), conditioning(2), clip(), settings, seed=0)
     assert moved.isfinite().all() and support.relative(moved, clip()) > 1e-3
     assert before.changed() == []
+
+
+def test_a_lora_of_stable_diffusion_fits_the_spatial_layers(model):
+    """In kohya's names, which are those of diffusers' U-Net."""
+    layer = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_q"
+    weight = model.model.diffusion_model.get_submodule(layer).weight
+    up, down = torch.randn(weight.shape[0], 2), torch.randn(2, weight.shape[1])
+    name = "lora_unet_" + layer.replace(".", "_")
+    lora = {f"{name}.lora_up.weight": up, f"{name}.lora_down.weight": down, f"{name}.alpha": torch.tensor(2.0)}
+    patched, _ = comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0.0)
+    assert list(patched.patches) == [f"diffusion_model.{layer}.weight"]
+    plain, seen = (support.prediction(m, conditioning(), clip()) for m in (model, patched))
+    assert support.relative(seen, plain) > 1e-3
+    assert torch.equal(support.prediction(model, conditioning(), clip()), plain)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp8_e4m3fn"])

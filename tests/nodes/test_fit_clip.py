@@ -8,6 +8,7 @@ import pytest
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from spacetime_edit.host.clip_fitting import size_multiple
+from spacetime_edit.host.loaders import lavie_model, show1_model
 from spacetime_edit.host.loaders.unet3d_model import build
 from spacetime_edit.nodes.fit_clip import FitClipToModel
 from spacetime_edit.tests.host import support
@@ -59,6 +60,19 @@ def test_the_multiple_of_models_of_full_size_is_64():
         model = type(base, (), {})()
         model.diffusion_model, model.latent_format = network, SimpleNamespace(spacial_downscale_ratio=8)
         assert size_multiple(SimpleNamespace(model=model)) == 64
+
+
+def test_the_multiples_of_lavie_and_of_show1():
+    """Four levels each; Show-1 works on pixels."""
+    levels = {"block_out_channels": [32] * 4, "layers_per_block": 1}
+    down, up = ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"], ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3
+    lavie = lavie_model.build(support.LAVIE | levels | {"down_block_types": down, "up_block_types": up})
+    down, up = (["ResnetDownsampleBlock3D"] * 4, ["ResnetUpsampleBlock3D"] * 4)
+    show1 = show1_model.build(support.SHOW1 | levels | {"down_block_types": down, "up_block_types": up})
+    for network, cell, expected in ((lavie, 8, 64), (show1, 1, 8)):
+        model = type("UNet3DVideoModel", (), {})()
+        model.diffusion_model, model.latent_format = network, SimpleNamespace(spacial_downscale_ratio=cell)
+        assert size_multiple(SimpleNamespace(model=model)) == expected
 
 
 def test_a_clip_that_fits_passes_unchanged(fit):
