@@ -44,6 +44,7 @@ from spacetime_edit.tools.shape_world import world
 
 SDS, DDS, WITH_S, WITH_T = "SDS", "DDS", "DDS + S-SSM", "DDS + T-SSM"
 FULL, MASKED = "DreamMotion (both)", "DreamMotion + true mask"
+MASKED_SCORE = "DreamMotion + true mask for the score only"
 HELD = {SPATIAL: 0.3, TEMPORAL: 0.1}
 COLUMNS = figures.COLUMNS | {"consistency": "consist", "saturation": "satur"}
 PAIRS = [(DDS, SDS), (WITH_S, DDS), (WITH_T, DDS), (FULL, DDS), (MASKED, FULL), (FULL, SWAP)]
@@ -107,6 +108,7 @@ def methods(settings: dict) -> dict[str, dict[str, Callable]]:
         WITH_T: make({TEMPORAL: HELD[TEMPORAL]}),
         FULL: make(HELD),
         MASKED: make(HELD, exact),
+        MASKED_SCORE: make(HELD, exact, mask_all=False),
         "DreamMotion + STR": make(HELD | {RELEVANCE: 0.3}),
         "DDS + frame difference": make({MOTION: 0.3}),
     }

@@ -81,6 +81,7 @@ def distill(
     step_size: float = 0.4,
     t_range: tuple[float, float] = (0.05, 0.95),
     mask: Tensor | None = None,
+    mask_all: bool = False,
     weights: Mapping[str, float] | None = None,
     balanced: bool = True,
     callback: Callable[[Progress], None] = lambda progress: None,
@@ -90,8 +91,8 @@ def distill(
     Each step draws t uniformly from `t_range` (1 = pure noise, 0 = clean) and one noise, on the CPU from `generator`,
     so that a seed gives one result on every device. look(target_t, source_t, sigma, scales): see `Look`; scales None:
     slopes are wanted, else pull. sigma_of(t): the noise level. mask: 1 = edit, broadcasts to the latent; it filters the
-    score's gradient only, as in the paper. weights: of the regularisers by name; balanced: each is scaled so that the
-    RMS of its gradient, where it has been largest so far, is that share of the score's inside the mask, averaged over
+    score's gradient only, as in the paper, or, with mask_all, all gradients. weights: of the regularisers by name; balanced: each is scaled so that the
+    RMS of its gradient inside the mask, where it has been largest so far, is that share of the score's, averaged over
     some 20 steps; else they multiply the gradients. Plain gradient descent. ValueError, naming step and term, where a
     gradient is not finite.
     """
@@ -107,12 +108,13 @@ def distill(
         gradient = delta_denoising_gradient(target, source, seen.denoised, seen.denoised_source, sigma, space)
         if mask is not None:
             gradient = gradient * mask
+        of_all = mask if mask_all and mask is not None else 1
         signal, _ = space.signal_and_noise(sigma)
-        slopes = {name: signal * slope for name, slope in seen.slopes.items()}
+        slopes = {name: signal * slope * of_all for name, slope in seen.slopes.items()}
         for name, slope in slopes.items():
             balance.measure(name, slope, gradient, mask)
         pulls = [balance.scales.get(name, 0.0) * slope for name, slope in slopes.items()]
-        pulls += [] if seen.pull is None else [signal * seen.pull]
+        pulls += [] if seen.pull is None else [signal * seen.pull * of_all]
         _check_finite(step, sigma, {"score": gradient} | slopes | {"a regulariser": sum(pulls, torch.zeros(()))})
         total = sum(pulls, gradient)
         losses = {"score": float(gradient.square().mean()), **seen.losses}
@@ -157,11 +159,11 @@ class _Balance:
 
     def measure(self, name: str, slope: Tensor, gradient: Tensor, mask: Tensor | None) -> None:
         """Takes one look into account, unless the gradient is 0, as before the first step, where nothing has moved."""
-        own = float(slope.square().mean())
+        within = torch.ones_like(gradient) if mask is None else mask.expand_as(gradient).to(gradient)
+        score, own = (float((x.square() * within).sum() / within.sum().clamp(min=1e-6)) for x in (gradient, slope))
         if name not in self._weights or not own > 0:
             return
-        share = 1.0 if mask is None else float(mask.expand_as(gradient).float().mean())
-        now = float(gradient.square().mean()) / max(share, 1e-6), own
+        now = score, own
         before = self._squares.get(name, now)
         keep = 1 - 1 / BALANCE_OVER
         self._squares[name] = keep * before[0] + (1 - keep) * now[0], max(before[1], own)

@@ -46,7 +46,8 @@ class Distillation:
     """Settings of one run. weights: of the regularisers by name, 0 = none; the rest as in `core.distillation.distill`.
 
     blocks: names of those whose keys are compared. branch: the prompt whose pass gives the keys. delta: against the
-    source's prediction, else plain score distillation. low_memory: keep no activations.
+    source's prediction, else plain score distillation. low_memory: keep no activations. mask_all: outside the mask
+    nothing moves, else only the score does not, as in the paper.
     """
 
     steps: int = 200
@@ -59,6 +60,7 @@ class Distillation:
     branch: Branch = "text"
     delta: bool = True
     low_memory: bool = False
+    mask_all: bool = True
 
     def __post_init__(self):
         check_times(self.t_range)
@@ -191,6 +193,7 @@ class DistillationSampler(comfy.samplers.Sampler):
             step_size=settings.step_size,
             t_range=settings.t_range,
             mask=None if self.mask is None else mask_like(self.mask, latent_image),
+            mask_all=settings.mask_all,
             weights=settings.weights,
             balanced=settings.balanced,
             callback=tell,

@@ -130,6 +130,14 @@ class VideoDDSOptimize(io.ComfyNode):
                     tooltip="low: compute activations again instead of keeping them, which is slower. auto: only when "
                     "memory is short.",
                 ),
+                io.Combo.Input(
+                    "mask_filters",
+                    options=["everything", "prompt"],
+                    default="everything",
+                    advanced=True,
+                    tooltip="everything: outside the mask nothing moves. prompt: outside the mask the prompt changes "
+                    "nothing, but s_ssm and t_ssm still act there, as in the paper.",
+                ),
             ],
             outputs=[
                 io.Latent.Output(display_name="latent", tooltip="The edited clip, for VAE Decode."),
@@ -165,6 +173,7 @@ class VideoDDSOptimize(io.ComfyNode):
         t_min=0.05,
         t_max=0.95,
         memory="auto",
+        mask_filters="everything",
         mask=None,
         **settings,
     ) -> io.NodeOutput:
@@ -184,6 +193,7 @@ class VideoDDSOptimize(io.ComfyNode):
             blocks=key_blocks(model, layers),
             delta=score == "delta",
             low_memory=memory == "low",
+            mask_all=mask_filters == "everything",
             **settings,
         )
         prompts = source_positive, positive, negative

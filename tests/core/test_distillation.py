@@ -103,6 +103,8 @@ def test_the_mask_filters_the_score_and_not_the_regulariser():
     assert torch.equal(masked[..., 1:], source[..., 1:]) and not torch.equal(masked[..., 0], source[..., 0])
     both = run(Painter(draw(1), draw(2), pull), source, steps=3, mask=mask, weights={"pull": 0.3})
     assert (both[..., 1:] < source[..., 1:]).all()
+    held = run(Painter(draw(1), draw(2), pull), source, steps=9, mask=mask, mask_all=True, weights={"pull": 0.3})
+    assert torch.equal(held[..., 1:], source[..., 1:]) and not torch.equal(held[..., 0], masked[..., 0])
 
 
 @pytest.mark.parametrize("size", [1e-6, 1e6])
@@ -115,7 +117,7 @@ def test_balanced_regularisers_have_their_share_whatever_their_size(size):
     pulled = run(look, source, steps=1, mask=mask, weights={"pull": 0.3})
     rms = lambda x: float(x.square().mean().sqrt())  # noqa: E731
     of_score = rms((plain - source)[..., 0])
-    assert rms(pulled - plain) == pytest.approx(0.3 * of_score, rel=1e-6)
+    assert rms((pulled - plain)[..., 0]) == pytest.approx(0.3 * of_score, rel=1e-6)
     assert torch.nn.functional.cosine_similarity((plain - pulled).flatten(), pull.flatten(), dim=0) > 1 - 1e-9
 
 
