@@ -88,13 +88,13 @@ def distill(
 ) -> Tensor:
     """The optimised latent, which begins as `source` (any shape).
 
-    Each step draws t uniformly from `t_range` (1 = pure noise, 0 = clean) and one noise, on the CPU from `generator`,
-    so that a seed gives one result on every device. look(target_t, source_t, sigma, scales): see `Look`; scales None:
-    slopes are wanted, else pull. sigma_of(t): the noise level. mask: 1 = edit, broadcasts to the latent; it filters the
-    score's gradient only, as in the paper, or, with mask_all, all gradients. weights: of the regularisers by name; balanced: each is scaled so that the
-    RMS of its gradient inside the mask, where it has been largest so far, is that share of the score's, averaged over
-    some 20 steps; else they multiply the gradients. Plain gradient descent. ValueError, naming step and term, where a
-    gradient is not finite.
+    Each step draws t uniformly from `t_range` (1 = pure noise, 0 = clean) and one noise, on the CPU from
+    `generator`, so that a seed gives one result on every device. look(target_t, source_t, sigma, scales): see
+    `Look`; scales None: slopes are wanted, else pull. sigma_of(t): the noise level. mask: 1 = edit, broadcasts to
+    the latent; it filters the score's gradient only, as in the paper, or, with mask_all, all gradients. weights: of
+    the regularisers by name; balanced: each is scaled so that the RMS of its gradient inside the mask, where it has
+    been largest so far, is that share of the score's, averaged over some 20 steps; else they multiply the
+    gradients. Plain gradient descent. ValueError, naming step and term, where a gradient is not finite.
     """
     target, balance = source.clone(), _Balance(dict(weights or {}), balanced)
     for step in range(steps):
