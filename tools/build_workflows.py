@@ -402,7 +402,20 @@ def dds_show1(graph: Graph) -> None:
     graph.add("SaveVideo", title="Film: the edit", video=film["VIDEO"], filename_prefix="spacetime_edit/show1")
 
 
-def sd15(graph: Graph, name: str, *, tracked: bool) -> None:
+class Told(NamedTuple):
+    """What a clip shows, what it shall show, what SAM3 tracks in it and the phrases of that."""
+
+    source: str
+    prompt: str
+    tracked: str
+    phrases: str
+
+
+OBJECTS = Told(use.SD15_SOURCE, use.SD15_PROMPT, use.SD15_TRACKED, use.SD15_PHRASES)
+PARTS = Told(use.PARTS_SOURCE, use.PARTS_PROMPT, use.PARTS_TRACKED, use.PARTS_PHRASES)
+
+
+def sd15(graph: Graph, name: str, *, tracked: bool, told: Told = OBJECTS) -> None:
     """ST-Layout on SD 1.5 with a depth ControlNet. tracked: masks by SAM3, else by the model's own attention."""
     graph.group("Load")
     checkpoint = graph.add("CheckpointLoaderSimple", "SD 1.5, or a finetune of it", ckpt_name=use.SD15)
@@ -424,7 +437,7 @@ def sd15(graph: Graph, name: str, *, tracked: bool) -> None:
 
     graph.group("Invert")
     model = {"MODEL": inflated["model"], "CLIP": checkpoint["CLIP"], "VAE": checkpoint["VAE"]}
-    positive, latent = encode(graph, model, clip["images"], use.SD15_SOURCE)
+    positive, latent = encode(graph, model, clip["images"], told.source)
     negative = graph.add("CLIPTextEncode", "Negative prompt", "red", text="", clip=checkpoint["CLIP"])
     graph.column()
     control = {"control_net": net["CONTROL_NET"], "image": depth}
@@ -436,11 +449,11 @@ def sd15(graph: Graph, name: str, *, tracked: bool) -> None:
     if tracked:
         sam = graph.add("CheckpointLoaderSimple", "SAM3", ckpt_name=use.SAM3)
         sam.models = [{"name": use.SAM3, "url": use.SAM3_URL, "directory": "checkpoints"}]
-        words = graph.add("CLIPTextEncode", "What to track", text=use.SD15_TRACKED, clip=sam["CLIP"])
+        words = graph.add("CLIPTextEncode", "What to track", text=told.tracked, clip=sam["CLIP"])
         graph.column()
         seen = {"images": clip["images"], "model": sam["MODEL"], "conditioning": words["CONDITIONING"]}
         tracks = graph.add("SAM3_VideoTrack", **seen)["track_data"]
-        made = graph.add("STE_RegionsFromMasks", phrases=use.SD15_PHRASES, track_data=tracks)
+        made = graph.add("STE_RegionsFromMasks", phrases=told.phrases, track_data=tracks)
         mask = graph.add("STE_PreviewRegions", images=clip["images"], regions=made["regions"])["mask"]
     else:
         look = {"trajectory": trajectory["trajectory"], "images": clip["images"], "kinds": 4}
@@ -448,7 +461,7 @@ def sd15(graph: Graph, name: str, *, tracked: bool) -> None:
         mask = made["mask"]
 
     graph.group("Edit")
-    text = {"clip": checkpoint["CLIP"], "prompt": use.SD15_PROMPT, "regions": made["regions"]}
+    text = {"clip": checkpoint["CLIP"], "prompt": told.prompt, "regions": made["regions"]}
     positive = graph.add("STE_EncodeRegionalPrompt", "Prompt: the edit", "green", **text)
     negative = graph.add("CLIPTextEncode", "Negative prompt", "red", text=use.SD15_NEGATIVE, clip=checkpoint["CLIP"])
     graph.column()
@@ -607,6 +620,7 @@ TEMPLATES: dict[str, tuple[str, Callable]] = {  # name: key of the notes and of 
     "Restyle key frames in pixels - DreamMotion (Show-1)": ("dds_show1", lambda graph, name: dds_show1(graph)),
     "Several objects - ST-Layout with ControlNet (SD 1.5)": ("sd15", partial(sd15, tracked=False)),
     "Several objects - ST-Layout with SAM3 and ControlNet (SD 1.5)": ("sd15_sam3", partial(sd15, tracked=True)),
+    "Parts of an object - ST-Layout with SAM3 (SD 1.5)": ("sd15_parts", partial(sd15, tracked=True, told=PARTS)),
     "Delete an object - STR-Match (tiny)": ("delete", partial(tiny, **DELETE)),
     "Add an object - STR-Match (tiny)": ("add", add),
     "Compare lambdas - STR-Match (tiny)": ("compare_lambdas", compare_lambdas),

@@ -11,6 +11,7 @@ from template_settings import (
     LAVIE_FRAMES,
     LAVIE_SIDE,
     LAVIE_URL,
+    PARTS_TRACKED,
     SAM3,
     SD15,
     SD15_FRAMES,
@@ -168,6 +169,15 @@ phrases to each, in that order; *Preview Regions* shows whether it is the right 
 2. **ST-Layout Attention Patch** keeps each phrase in its region.
 
 {SD15_SIZE}""",
+    "sd15_parts": f"""## Parts of an object on SD 1.5
+{SD15_FILES}, `checkpoints/{SAM3}`. Press **R**, choose your clip, write what it shows and what it shall show, and run.
+
+1. *What to track*: the parts, such as `{PARTS_TRACKED}`. **Regions from Masks** ties a line of phrases to each, in \
+that order.
+2. **ST-Layout Attention Patch** keeps each phrase in its part: the rest of the man and the background stay as they \
+are, by the mask.
+
+{SD15_SIZE}""",
     "add": f"""## Add an object
 Press **Run**: a green square joins the blue circle. {NOTHING_NEEDED}
 
@@ -290,6 +300,10 @@ stay more. (At 0 there is no match and no curve: that is the template *prompt sw
 - **dilation** of *Sample from Trajectory* larger, if the new object is larger than the old one.
 - **levels** *2,4,8* in *Inflate Attention to Video*: much faster, details agree less.
 - the background as one more region: a line without a track of its own needs a mask, by *Region Prompt*.""",
+    "sd15_parts": """### Try
+- a part that SAM3 does not know: paint its mask and add it by *Region Prompt* behind the others; it lies on them.
+- **cross_strength** 1.5 if a phrase does not come; small parts need more.
+- **dilation** of *Sample from Trajectory* larger, if the new part is larger than the old one.""",
     "add": """### Try
 - another seed in *RandomNoise*: another square, now and then one that is missing in a frame.
 - **task** *change*: what does the match make of the square?

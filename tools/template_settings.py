@@ -74,6 +74,10 @@ SD15_PROMPT = "an astronaut and a polar bear walk on grass"
 SD15_NEGATIVE = "ugly, blurry, low res, unrealistic"
 SD15_TRACKED = "man:1, dog:1"
 SD15_PHRASES = "an astronaut\na polar bear"
+PARTS_SOURCE = "a man walks on grass"
+PARTS_PROMPT = "a man in a red leather jacket and blue jeans walks on grass"
+PARTS_TRACKED = "shirt:1, trousers:1"
+PARTS_PHRASES = "a red leather jacket\nblue jeans"
 SD15_FOUND = "\nan astronaut\na polar bear"  # by number: the background, then what is larger
 
 TINY_DDS = {"steps": 32, "step_size": 1.6, "cfg": TINY_CFG}
