@@ -11,23 +11,28 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import template_settings as use
 from graphs import Graph, Node, Output
 from pack import host_path
 from server import LiveServer
 from template_notes import ABOUT, TRY
+from template_parts import (
+    Source,
+    encode,
+    folder,
+    inversion,
+    invert,
+    load,
+    load_folder,
+    prompts,
+    result,
+    sample,
+    save,
+    str_sampler,
+)
 from templates import WORKFLOWS
-
-
-class Source(NamedTuple):
-    """An inverted clip: what every edit of it needs. trajectory: the node that has it, with its sigmas."""
-
-    model: Node
-    latent: Output
-    trajectory: Node
-
 
 MaskMaker = Callable[[Graph, Source, Node], Output]
 
@@ -491,109 +496,6 @@ def relevant(graph: Graph, source: Source, clip: Node) -> Output:
     graph.group("Mask: click the object")
     trajectory = source.trajectory["trajectory"]
     return graph.add("STE_PreviewRelevance", trajectory=trajectory, images=clip["images"], **use.IN_THE_OBJECT)["mask"]
-
-
-# --- parts ------------------------------------------------------------
-
-FOLDERS = {  # address and longest side
-    use.ZEROSCOPE: (use.ZEROSCOPE_URL, use.ZEROSCOPE_SIDE),
-    use.SHOW1: (use.SHOW1_URL, use.SHOW1_SIDE),
-}
-
-
-def load(graph: Graph, clip: str, edit: int = use.NEW_SHAPE) -> tuple[Node, Node]:
-    """The group with the embedded model and a clip."""
-    graph.group("Load")
-    model = graph.add("STE_LoadVideoDiffusersModel", model_name=use.TINY_MODEL)
-    return model, graph.add("STE_LoadExampleClip", clip=clip, edit=edit)
-
-
-def folder(graph: Graph, name: str) -> Node:
-    """The loader of a folder that the user has downloaded."""
-    url, _ = FOLDERS[name]
-    model = graph.add("STE_LoadVideoDiffusersModel", model_name=name)
-    model.models = [{"name": name, "url": url, "directory": "diffusers"}]
-    return model
-
-
-def load_folder(graph: Graph, name: str, frames: int) -> tuple[Node, Node, Node]:
-    """The group with real weights and a clip of the user's: the model, the parts of the video, the clip that fits."""
-    graph.group("Load")
-    model = folder(graph, name)
-    file = graph.add("LoadVideo", title="Your clip: choose a file", file="")
-    graph.column()
-    parts = graph.add("GetVideoComponents", video=file["VIDEO"])
-    size = {"max_frames": frames, "max_side": FOLDERS[name][1]}
-    return model, parts, graph.add("STE_FitClipToModel", images=parts["images"], model=model["MODEL"], **size)
-
-
-def encode(graph: Graph, model: Node, images: Output, prompt: Any) -> tuple[Node, Node]:
-    """The prompt of a clip and its latent."""
-    positive = graph.add("CLIPTextEncode", "Prompt: the clip as it is", "green", text=prompt, clip=model["CLIP"])
-    return positive, graph.add("VAEEncode", pixels=images, vae=model["VAE"])
-
-
-def inversion(graph: Graph, model: Node, positive: Node, latent: Output, steps: int) -> Node:
-    start = {"model": model["MODEL"], "positive": positive["CONDITIONING"], "latent": latent}
-    return graph.add("STE_InvertVideo", steps=steps, **start)
-
-
-def invert(graph: Graph, model: Node, images: Output, prompt: Any, steps: int) -> Source:
-    """The group that turns a clip to noise."""
-    graph.group("Invert")
-    positive, latent = encode(graph, model, images, prompt)
-    graph.column()
-    return Source(model, latent["LATENT"], inversion(graph, model, positive, latent["LATENT"], steps))
-
-
-def prompts(graph: Graph, model: Node, edit: Any, group: str = "Edit") -> tuple[Node, Node]:
-    """Begin the group that edits: positive and negative prompt, and a column for the sampler."""
-    graph.group(group)
-    positive = graph.add("CLIPTextEncode", "Prompt: the edit", "green", text=edit, clip=model["CLIP"])
-    negative = graph.add("CLIPTextEncode", "Negative prompt", "red", text="", clip=model["CLIP"])
-    graph.column()
-    return positive, negative
-
-
-def str_sampler(graph: Graph, trajectory: Node, **options: Any) -> Node:
-    """The sampler of STR-Match and what it matches."""
-    score = graph.add("STE_CaptureSTRScore", trajectory=trajectory["trajectory"])
-    return graph.add("STE_STRLatentOptimizer", score=score["STR score"], **options)
-
-
-def sample(
-    graph: Graph, source: Source, conds: tuple[Node, Node], sampler: Output, cfg: float, seed: int | None = None
-) -> Node:
-    """End the group that edits: the node with the edited latent. seed: for a task that begins from new noise."""
-    graph.column()
-    positive, negative = (node["CONDITIONING"] for node in conds)
-    guider = graph.add("CFGGuider", model=source.model["MODEL"], positive=positive, negative=negative, cfg=cfg)
-    noise = graph.add("DisableNoise") if seed is None else graph.add("RandomNoise", noise_seed=seed)
-    return graph.add(
-        "SamplerCustomAdvanced",
-        noise=noise["NOISE"],
-        guider=guider["GUIDER"],
-        sampler=sampler,
-        sigmas=source.trajectory["sigmas"],
-        latent_image=source.latent,
-    )
-
-
-def result(graph: Graph, model: Node, edit: Node) -> Output:
-    """Begin the group for results: the edited frames."""
-    graph.group("Result")
-    return graph.add("VAEDecode", samples=edit["output"], vae=model["VAE"])["IMAGE"]
-
-
-def save(graph: Graph, images: Output, fps: Output, edited: Output, name: str) -> None:
-    """The edited frames as files, and clip and edit as one film."""
-    prefix = f"spacetime_edit/{name}"
-    graph.add("SaveImage", title="Save the edited frames", images=edited, filename_prefix=prefix)
-    graph.column()
-    pair = graph.add("ImageStitch", title="Clip | edit", image1=images, image2=edited)
-    large = graph.add("ImageScaleBy", image=pair["IMAGE"], upscale_method="nearest-exact", scale_by=4.0)
-    film = {"images": large["IMAGE"], "fps": fps, "filename_prefix": f"{prefix}_film"}
-    graph.add("SaveAnimatedWEBP", title="Film: clip | edit", **film)
 
 
 FIRST, SECOND = (partial(of_the_clip, output=output) for output in ("mask_1", "mask_2"))
