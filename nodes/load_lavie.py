@@ -2,13 +2,15 @@
 
 from comfy_api.latest import io
 
+from .types import weight_dtype_input
+
 
 class LoadLaVie(io.ComfyNode):
     """LaVie's base model as MODEL."""
 
     @classmethod
     def define_schema(cls):
-        from ..host.loaders import lavie, unet3d
+        from ..host.loaders import lavie
 
         return io.Schema(
             node_id="STE_LoadLaVie",
@@ -26,16 +28,7 @@ class LoadLaVie(io.ComfyNode):
                     options=lavie.list_files(),
                     tooltip="lavie_base.pt, or the same as safetensors, in models/diffusion_models.",
                 ),
-                io.Combo.Input(
-                    "weight_dtype",
-                    options=list(unet3d.WEIGHT_DTYPES),
-                    default="default",
-                    advanced=True,
-                    tooltip=(
-                        "How the weights are kept in memory. The default lets ComfyUI choose for your device. fp8 "
-                        "takes about a quarter of the memory of fp32 and is less exact."
-                    ),
-                ),
+                weight_dtype_input(),
             ],
             outputs=[io.Model.Output(display_name="MODEL", tooltip="The diffusion model. Latents: one image a frame.")],
         )

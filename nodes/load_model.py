@@ -2,6 +2,8 @@
 
 from comfy_api.latest import io
 
+from .types import weight_dtype_input
+
 
 class LoadVideoDiffusersModel(io.ComfyNode):
     """A text-to-video folder in diffusers layout as MODEL, CLIP, VAE."""
@@ -40,17 +42,7 @@ class LoadVideoDiffusersModel(io.ComfyNode):
                         "embedded tiny model draws coloured shapes in 8 frames of 64 x 64 pixels and needs no download."
                     ),
                 ),
-                io.Combo.Input(
-                    "weight_dtype",
-                    options=list(unet3d.WEIGHT_DTYPES),
-                    default="default",
-                    advanced=True,
-                    tooltip=(
-                        "How the weights of the diffusion model are kept in memory. The default lets "
-                        "ComfyUI choose for your device. fp8 takes about a quarter of the memory of fp32 and "
-                        "is less exact."
-                    ),
-                ),
+                weight_dtype_input(),
             ],
             outputs=[
                 io.Model.Output(display_name="MODEL", tooltip="The diffusion model. Latents: one image a frame."),

@@ -49,6 +49,20 @@ def regions_input() -> REGIONS_TYPE.Input:
     )
 
 
+def weight_dtype_input() -> io.Combo.Input:
+    """How weights are kept: the same input on every node that loads a diffusion model."""
+    from ..host.loaders.unet3d import WEIGHT_DTYPES
+
+    return io.Combo.Input(
+        "weight_dtype",
+        options=list(WEIGHT_DTYPES),
+        default="default",
+        advanced=True,
+        tooltip="How the weights of the diffusion model are kept in memory. The default lets ComfyUI choose for your "
+        "device. fp8 takes about a quarter of the memory of fp32 and is less exact.",
+    )
+
+
 def show_on_node(node, text: str) -> None:
     """Writes `text` under the widgets of the running node, where there is a server and a graph to show it."""
     from server import PromptServer
