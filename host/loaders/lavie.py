@@ -59,13 +59,17 @@ def load_lavie(path: str | Path, *, weight_dtype: str = "default", disable_dynam
     if not any(".attn_temp." in key for key in found):
         raise ModelFolderError(f"{path}: it is no LaVie base model: {_described(found)}. {WHERE_TO_GET}")
     try:
-        net = build(config_of(found))
-    except (KeyError, ValueError, NotImplementedError, TypeError) as error:
-        raise ModelFolderError(f"{path}: it is no LaVie base model: {error}. {WHERE_TO_GET}") from error
+        config = config_of(found)
+    except KeyError as error:
+        raise ModelFolderError(f"{path}: it is no LaVie base model: it lacks {error}. {WHERE_TO_GET}") from error
+    try:
+        net = build(config)
+    except ValueError as error:
+        raise ModelFolderError(f"{path}: no LaVie base model has these sizes: {error}. {WHERE_TO_GET}") from error
     weights = read_weights([path], shapes(net), _own_key)
-    config = UNet3DConfig(dict(SCHEDULE), comfy.latent_formats.SD15())
+    model_config = UNet3DConfig(dict(SCHEDULE), comfy.latent_formats.SD15())
     reload = reload_lavie, (str(path), weight_dtype)
-    patcher = patcher_of(net, weights, config, EPS, weight_dtype, reload, disable_dynamic=disable_dynamic)
+    patcher = patcher_of(net, weights, model_config, EPS, weight_dtype, reload, disable_dynamic=disable_dynamic)
     log.info("loaded %s: diffusion model in %s", path.name, patcher.model.get_dtype())
     return patcher
 

@@ -148,9 +148,9 @@ class LaVieUNet(FramesInBatch, UNet2DConditionModel):
 
 def config_of(shapes: dict[str, tuple[int, ...]]) -> dict:
     """The sizes of a network with weights of these names and shapes; KeyError where a name is missing."""
-    levels = 1 + max(int(key.split(".")[1]) for key in shapes if key.startswith("down_blocks."))
+    levels = _count(shapes, "down_blocks.")
     attends = [f"down_blocks.{i}.attentions.0.norm.weight" in shapes for i in range(levels)]
-    depth = 1 + max(int(key.split(".")[3]) for key in shapes if key.startswith("down_blocks.0.resnets."))
+    depth = _count(shapes, "down_blocks.0.resnets.")
     return {
         "in_channels": shapes["conv_in.weight"][1],
         "out_channels": shapes["conv_out.weight"][0],
@@ -161,6 +161,14 @@ def config_of(shapes: dict[str, tuple[int, ...]]) -> dict:
         "up_block_types": ["CrossAttnUpBlock2D" if there else "UpBlock2D" for there in reversed(attends)],
         "attention_head_dim": HEADS,  # diffusers' name for their number
     }
+
+
+def _count(shapes: dict, prefix: str) -> int:
+    """How many numbered modules have names that begin with `prefix`; KeyError for none."""
+    numbers = {key.removeprefix(prefix).split(".")[0] for key in shapes if key.startswith(prefix)}
+    if not any(map(str.isdigit, numbers)):
+        raise KeyError(prefix)
+    return 1 + max(int(number) for number in numbers if number.isdigit())
 
 
 def build(config: dict) -> LaVieUNet:

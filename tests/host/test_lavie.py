@@ -228,5 +228,12 @@ def test_a_file_of_something_else_is_refused_with_what_it_holds(tmp_path, weight
     save_file({k: v.clone() for k, v in weights.items() if k != "mid_block.resnets.1.conv1.bias"}, path)
     with pytest.raises(ModelFolderError, match="key 'mid_block.resnets.1.conv1.bias' is missing"):
         lavie.load_lavie(path)
+    save_file({k: v.clone() for k, v in weights.items() if not k.startswith("down_blocks.")}, path)
+    with pytest.raises(ModelFolderError, match="it lacks 'down_blocks.'"):
+        lavie.load_lavie(path)
+    odd = torch.zeros(33, 32, 3, 3)  # no width that 32 groups divide
+    save_file({**weights, "down_blocks.0.resnets.0.conv1.weight": odd}, path)
+    with pytest.raises(ModelFolderError, match="no LaVie base model has these sizes"):
+        lavie.load_lavie(path)
     with pytest.raises(ModelFolderError, match="'nothing.pt' is not in models/diffusion_models"):
         lavie.file_path("nothing.pt")
