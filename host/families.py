@@ -40,18 +40,20 @@ class Family:
     frame_rule: tuple[int, int]
 
 
+LEVEL = r"(down|mid|up)_blocks?\.(?:(\d+)\.)?"
+TRANSFORMER = LEVEL + r"attentions\.(\d+)\.transformer_blocks\.(\d+)\."
+OVER_TIME = LEVEL + r"temp_attentions\.(\d+)\.transformer_blocks\.(\d+)\."
+"""How paths begin in diffusers' U-Nets."""
+
 FAMILIES = (
     Family(
         name="UNet3D (Zeroscope, ModelScope)",
         base_model="UNet3DVideoModel",
         diffusion_model="SpacetimeUNet3D",
         attention=(
-            ("spatial", r"(down|mid|up)_blocks?\.(?:(\d+)\.)?attentions\.(\d+)\.transformer_blocks\.(\d+)\.attn1"),
-            ("cross", r"(down|mid|up)_blocks?\.(?:(\d+)\.)?attentions\.(\d+)\.transformer_blocks\.(\d+)\.attn2"),
-            (
-                "temporal",
-                r"(down|mid|up)_blocks?\.(?:(\d+)\.)?temp_attentions\.(\d+)\.transformer_blocks\.(\d+)\.attn[12]",
-            ),
+            ("spatial", TRANSFORMER + r"attn1"),
+            ("cross", TRANSFORMER + r"attn2"),
+            ("temporal", OVER_TIME + r"attn[12]"),
             ("temporal", r"(transformer_in)\.transformer_blocks\.(\d+)\.attn[12]"),
         ),
         blocks=r"(?:down_blocks\.\d+|mid_block|up_blocks\.\d+)\.(?:resnets|(?:temp_)?(?:convs|attentions))\.\d+|transformer_in",
@@ -65,11 +67,8 @@ FAMILIES = (
         base_model="UNet3DVideoModel",
         diffusion_model="PixelUNet3D",
         attention=(
-            ("joint", r"(down|mid|up)_blocks?\.(?:(\d+)\.)?attentions\.(\d+)()"),
-            (
-                "temporal",
-                r"(down|mid|up)_blocks?\.(?:(\d+)\.)?temp_attentions\.(\d+)\.transformer_blocks\.(\d+)\.attn[12]",
-            ),
+            ("joint", LEVEL + r"attentions\.(\d+)()"),
+            ("temporal", OVER_TIME + r"attn[12]"),
             ("temporal", r"(transformer_in)\.transformer_blocks\.(\d+)\.attn[12]"),
         ),
         blocks=r"(?:(?:down|up)_blocks\.\d+|mid_block)\.(?:resnets|(?:temp_)?(?:convs|attentions)|(?:down|up)samplers)\.\d+|transformer_in",
@@ -83,9 +82,9 @@ FAMILIES = (
         base_model="UNet3DVideoModel",
         diffusion_model="LaVieUNet",
         attention=(
-            ("spatial", r"(down|mid|up)_blocks?\.(?:(\d+)\.)?attentions\.(\d+)\.transformer_blocks\.(\d+)\.attn1"),
-            ("cross", r"(down|mid|up)_blocks?\.(?:(\d+)\.)?attentions\.(\d+)\.transformer_blocks\.(\d+)\.attn2"),
-            ("temporal", r"(down|mid|up)_blocks?\.(?:(\d+)\.)?attentions\.(\d+)\.transformer_blocks\.(\d+)\.attn_temp"),
+            ("spatial", TRANSFORMER + r"attn1"),
+            ("cross", TRANSFORMER + r"attn2"),
+            ("temporal", TRANSFORMER + r"attn_temp"),
         ),
         blocks=r"(?:down_blocks\.\d+|mid_block|up_blocks\.\d+)\.(?:resnets|attentions)\.\d+",
         norms=r"(?!)",  # they see the whole clip as they are
