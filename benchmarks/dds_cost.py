@@ -1,6 +1,6 @@
 """What a step of Video DDS costs on the embedded model, in forward passes, and how memory grows with the frames.
 
-    python benchmarks/dds_cost.py [--n 7] [--frames 8 16] [--steps 4] [--whole] [--seed 0] [--json PATH]
+    python benchmarks/dds_cost.py [--n 7] [--frames 8 16] [--steps 20] [--whole] [--seed 0] [--json PATH]
 
 A forward pass is one prompt's prediction for the whole clip. A step is a run of `--steps` steps divided by them, so
 what a run does once is in it. Time is user CPU seconds on one thread, the median of n runs in turn. Memory is the most
@@ -47,16 +47,16 @@ AT_MOST = {FULL: 6, LEAN: 7}
 
 
 class _Forward(comfy.samplers.Sampler):
-    """A sampler that makes one prediction of one prompt."""
+    """A sampler that makes so many predictions of one prompt."""
+
+    def __init__(self, times: int):
+        self.times = times
 
     def sample(self, model_wrap, sigmas, extra_args, callback, noise, *args, **kwargs):
         cond = model_wrap.conds["positive"][0]
         for _ in range(self.times):
             predict(model_wrap.inner_model, noise, sigmas[0].expand(len(noise)), cond, extra_args["model_options"])
         return noise
-
-    def __init__(self, times: int):
-        self.times = times
 
 
 def forward(editor: Editor, latent: Tensor, times: int) -> None:
@@ -100,7 +100,7 @@ def whole(editor: Editor, generator: torch.Generator) -> float:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--frames", type=int, nargs="+", default=[8, 16])
-    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--n", type=int, default=RUNS)
     parser.add_argument("--whole", action="store_true")
     parser.add_argument("--seed", type=int, default=0)

@@ -115,10 +115,10 @@ def distill(
             balance.measure(name, slope, gradient, mask)
         pulls = [balance.scales.get(name, 0.0) * slope for name, slope in slopes.items()]
         pulls += [] if seen.pull is None else [signal * seen.pull * of_all]
-        _check_finite(step, sigma, {"score": gradient} | slopes | {"a regulariser": sum(pulls, torch.zeros(()))})
-        total = sum(pulls, gradient)
+        pulled = sum(pulls, torch.zeros_like(gradient))
+        _check_finite(step, sigma, {"score": gradient} | slopes | {"a regulariser": pulled})
         losses = {"score": float(gradient.square().mean()), **seen.losses}
-        target = target - step_size * STEP_UNIT * total
+        target = target - step_size * STEP_UNIT * (gradient + pulled)
         callback(Progress(step, t, sigma, target, seen.denoised, losses))
     return target
 

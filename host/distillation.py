@@ -114,8 +114,8 @@ class KeyRecorder:
     def _taken(self, call: AttentionCall) -> dict[str, Tensor]:
         if call.kind not in IN_SPACE or call.layer.block not in self._blocks:
             return {}
-        own = call.key[:, :, -call.query.shape[2] :]  # of joint attention the prompt's come first
-        return {f"{call.layer.path} keys": own}
+        own = call.query.shape[2] if call.kind == "joint" else 0  # whose keys begin with the prompt's
+        return {f"{call.layer.path} keys": call.key[:, :, -own:]}
 
 
 class Recorders:
