@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from spacetime_edit.tools.shape_world import variety, world
 from spacetime_edit.tools.train_tiny import checkpoints, export, muon, parts, train_unet, train_vae, words
 from transformers import CLIPTokenizer
@@ -144,11 +145,12 @@ def test_text_of_known_words_is_that_of_the_model_it_begins_from():
         torch.testing.assert_close(parts.encode_text(encoder, [caption]), saved(ids).last_hidden_state)
 
 
-@pytest.mark.parametrize("noisy", [0.0, 2.0])
+@pytest.mark.parametrize("noisy", [0.0, 0.75])
 def test_density_and_loss_weight_make_the_weight(noisy):
     weighting = train_unet.Weighting.of(noisy)
     snr = weighting.alphas / (1 - weighting.alphas)
-    wanted = snr.clamp(max=5) / snr * (1 + noisy / snr).sqrt()
+    wanted = snr.clamp(max=5) * (1 + 1 / snr) ** noisy  # of the clean latent's squared error
+    wanted = wanted * (1 - weighting.alphas)  # of v's, which is that divided by the noise variance
     density = weighting.times.diff(prepend=torch.zeros(1))
     product = density * weighting.loss
     torch.testing.assert_close(product / product.sum(), wanted / wanted.sum(), rtol=2e-2, atol=1e-6)
@@ -158,6 +160,32 @@ def test_density_and_loss_weight_make_the_weight(noisy):
     torch.testing.assert_close(counts, density.view(10, 100).sum(1), atol=2e-3, rtol=0)
 
 
+def test_the_error_is_that_of_the_velocity_and_the_host_reads_it_so():
+    """A network that knows the velocity has no error, and diffusers' scheduler gets the clean latent from it."""
+    torch.manual_seed(0)
+    clean, noise, t = torch.randn(2, 4, 3, 16, 16), torch.randn(2, 4, 3, 16, 16), torch.tensor([30, 900])
+    scheduler = DDIMScheduler(**parts.SCHEDULE)
+    velocity = scheduler.get_velocity(clean, noise, t)
+    model = {"unet": lambda *_, **__: (velocity,), "text": None}
+    batch = train_unet.Batch(["", ""], clean, torch.zeros(2, 1, 3, 16, 16))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_unet, "encode_text", lambda *_: None)
+        errors = train_unet.squared_errors(model, batch, t, noise, parts.alphas_cumprod())
+    assert float(errors.max()) < 1e-10
+    scheduler.set_timesteps(1000)
+    noisy = scheduler.add_noise(clean, noise, t)
+    for i, time in enumerate(t):
+        torch.testing.assert_close(
+            scheduler.step(velocity[i], time, noisy[i]).pred_original_sample, clean[i], rtol=0, atol=1e-4
+        )
+
+
+def test_the_noisiest_latent_tells_nothing_of_its_objects():
+    """A shape covers some 36 cells of 4 channels in 8 frames: what a matched filter sees of it stays near the noise."""
+    signal = parts.alphas_cumprod()[-1].sqrt() * (36 * 4 * 8) ** 0.5
+    assert signal < 1.0
+
+
 # --- a run --------------------------------------------------------------
 
 
@@ -165,7 +193,7 @@ def settings(run, **changes):
     defaults = {
         "run": run, "init": "", "channels": [8, 8, 8], "minutes": 0.02, "processes": 1, "threads": 1, "clips": 1,
         "images": 2, "image_every": 3, "long_every": 4, "rate": 0.01, "adam_rate": 1e-3, "decay_from": 0.5,
-        "noisy": 2.0, "object_weight": 2.0, "save_minutes": 5.0, "seed": 0,
+        "noisy": 0.75, "object_weight": 2.0, "save_minutes": 5.0, "seed": 0,
     }  # fmt: skip
     return Namespace(**defaults | changes)
 
@@ -184,7 +212,7 @@ def test_a_run_writes_goes_on_and_refuses_another_configuration(run_folder):
     train_unet.train(0, settings(run_folder, minutes=0.05), "")
     second = checkpoints.load(run_folder / "unet.pt")
     assert second["step"] > first["step"] > 0 and second["seconds"] > first["seconds"]
-    with pytest.raises(checkpoints.CheckpointError, match=r"noisy: 2\.0 there, 0\.0 here"):
+    with pytest.raises(checkpoints.CheckpointError, match=r"noisy: 0\.75 there, 0\.0 here"):
         train_unet.train(0, settings(run_folder, noisy=0.0), "")
 
 

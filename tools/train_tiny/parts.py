@@ -23,12 +23,12 @@ CHANNELS = 4
 SCHEDULE = {
     "num_train_timesteps": 1000,
     "beta_start": 0.00085,
-    "beta_end": 0.012,
+    "beta_end": 0.018,
     "beta_schedule": "scaled_linear",
     "clip_sample": False,
     "set_alpha_to_one": False,
     "steps_offset": 1,
-    "prediction_type": "epsilon",
+    "prediction_type": "v_prediction",
     "timestep_spacing": "leading",
 }
 
