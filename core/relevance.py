@@ -9,7 +9,7 @@ F frames, H heads, N tokens a frame, D head dimension, P a block of query tokens
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import combinations_with_replacement, product
 from math import isqrt
 from typing import Literal
@@ -17,43 +17,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .attention_features import AttentionFeatures, blocks_of, dot, neighbours, pairs_at
+from .full_relevance import full_matching_loss
+
 Paths = Literal["spatial-temporal", "temporal-spatial", "both", "concat"]
-
-
-@dataclass(frozen=True)
-class AttentionFeatures:
-    """What one layer contributes: the cheap factors of its maps, never the maps.
-
-    query, key: (F, H, N, D) of the spatial self-attention. temporal: (N, H, F, F), softmaxed over its last
-    dimension. scale: factor of the logits, 1/sqrt(D) if None.
-    """
-
-    query: Tensor
-    key: Tensor
-    temporal: Tensor
-    scale: float | None = None
-
-    def __post_init__(self):
-        frames, heads, tokens, _ = self.query.shape
-        if self.key.shape != self.query.shape or self.temporal.shape != (tokens, heads, frames, frames):
-            raise ValueError(
-                f"attention features do not fit together: query {tuple(self.query.shape)}, key "
-                f"{tuple(self.key.shape)}, temporal {tuple(self.temporal.shape)}; expected query and key of one "
-                f"shape (F, H, N, D) and temporal (N, H, F, F)"
-            )
-
-    @property
-    def logit_scale(self) -> float:
-        return self.query.shape[-1] ** -0.5 if self.scale is None else self.scale
-
-    def detach(self) -> "AttentionFeatures":
-        return replace(self, query=self.query.detach(), key=self.key.detach(), temporal=self.temporal.detach())
-
-
-def neighbours(frame: int, frames: int, radius: int) -> list[int]:
-    """Frames at most `radius` away from `frame`, without itself. radius 0: all other frames."""
-    near = range(frames) if radius == 0 else range(max(0, frame - radius), min(frames, frame + radius + 1))
-    return [j for j in near if j != frame]
 
 
 def str_score(
@@ -107,7 +74,8 @@ def matching_loss(
 
     The cosine runs over all entries of `str_score` with the same options. `weight` (F, N) in [0, 1] multiplies each
     term of the score by w_i(p) w_j(q); where it leaves nothing, the loss is 0 without a gradient. Gradients flow into
-    the target only. Scores are formed in tiles of `rows` x `rows` tokens (None: of about 8 MB) and formed again in the
+    the target only. Of features without a temporal map the score is that of `full_relevance.full_str_score`, which has
+    no paths. Scores are formed in tiles of `rows` x `rows` tokens (None: of about 8 MB) and formed again in the
     backward pass: saved are query, key, their log-sum-exp and the temporal map; the peak is about ten
     (F, H, rows, rows) tiles. Softmax and sums of a row in float32 (float64 for float64 input), of all rows in float64.
     """
@@ -115,6 +83,10 @@ def matching_loss(
         raise ValueError(
             f"source and target attention differ in size: {tuple(source.query.shape)} and "
             f"{tuple(target.query.shape)} (frames, heads, tokens, ...); expected the same clip size in both"
+        )
+    if target.temporal is None:
+        return full_matching_loss(
+            source, target, radius=radius, bidirectional=bidirectional, per_pair=per_pair, rows=rows, weight=weight
         )
     frames, heads, tokens, _ = target.query.shape
     rows = rows or max(1, isqrt(TILE_ELEMENTS // (frames * heads)))
@@ -173,15 +145,11 @@ def _prepare(query: Tensor, key: Tensor, temporal: Tensor, scale: float, rows: i
     work = torch.promote_types(query.dtype, torch.float32)
     query, key = query.to(work), key.to(work)
     lse = torch.empty(query.shape[:-1], dtype=work, device=query.device)
-    blocks = _blocks(query.shape[2], rows)
+    blocks = blocks_of(query.shape[2], rows)
     for p in blocks:
         parts = [torch.logsumexp(query[:, :, p] * scale @ key[:, :, q].mT, -1) for q in blocks]
         lse[:, :, p] = torch.logsumexp(torch.stack(parts), 0)
     return _Maps(query, key, lse, temporal.to(work).permute(2, 3, 1, 0).contiguous(), scale)
-
-
-def _blocks(tokens: int, rows: int) -> list[slice]:
-    return [slice(start, min(start + rows, tokens)) for start in range(0, tokens, rows)]
 
 
 Pair = tuple[slice, slice]
@@ -243,7 +211,7 @@ def _score(tile: _Tile, place: Pair, distances: list[int], plan: _Plan, weight: 
                 continue
             spatial = spatial if weight is None else spatial * weight[:, None, None, q]
             for d in distances:
-                near, far = _pairs(len(total), d)
+                near, far = pairs_at(len(total), d)
                 total[near].addcmul_(spatial[far], _at_distance(tile.tau, term.sign * d)[:, :, p, None])
     return total if weight is None else total.mul_(_around(weight, place, plan))
 
@@ -263,12 +231,12 @@ def _score_gradient(
             gradient.addcmul_(flow, _summed(tile.tau, term, distances, q, weight)[:, :, None])
             of_columns = (flow * spatial).sum(2)
             for d in distances:
-                near, far = _pairs(len(flow), d)
+                near, far = pairs_at(len(flow), d)
                 seen = 1 if weight is None else weight[far, None, q]
                 _at_distance(into.tau, term.sign * d)[:, :, q] += of_columns[near] * seen
             continue
         for d in distances:
-            near, far = _pairs(len(flow), d)
+            near, far = pairs_at(len(flow), d)
             seen = flow[near] if weight is None else flow[near] * weight[far, None, None, q]
             gradient[far].addcmul_(seen, _at_distance(tile.tau, term.sign * d)[:, :, p, None])
             _at_distance(into.tau, term.sign * d)[:, :, p] += (seen * spatial[far]).sum(-1)
@@ -278,7 +246,7 @@ def _summed(tau: Tensor, term: _Term, distances: list[int], q: slice, weight: Te
     """What the columns q of a map in frame i are multiplied with, over all its neighbours j: (F, H, Q)."""
     total = torch.zeros_like(tau[0, :, :, q])
     for d in distances:
-        near, far = _pairs(len(tau), d)
+        near, far = pairs_at(len(tau), d)
         total[near] += _at_distance(tau, term.sign * d)[:, :, q] * (1 if weight is None else weight[far, None, q])
     return total
 
@@ -288,11 +256,6 @@ def _around(weight: Tensor, place: Pair, plan: _Plan) -> Tensor:
     p, q = place
     own = weight[:, None, p, None]
     return own * weight[:, None, None, q] if plan.paths == "concat" else own
-
-
-def _pairs(frames: int, d: int) -> tuple[slice, slice]:
-    """The frames i that have a frame j = i + d, and those j."""
-    return slice(max(0, -d), frames - max(0, d)), slice(max(0, d), frames + min(0, d))
 
 
 def _at_distance(tau: Tensor, d: int) -> Tensor:
@@ -310,7 +273,7 @@ class _CosineLoss(torch.autograd.Function):
         if weight is not None:
             weight = weight.to(target.query)
         sums = _Sums()
-        for places in _pairs_of_blocks(_blocks(query.shape[2], plan.rows)):
+        for places in _pairs_of_blocks(blocks_of(query.shape[2], plan.rows)):
             for omega_s, omega_t in zip(*(_scores_of(m, places, plan, weight) for m in (source, target)), strict=True):
                 sums.add(omega_s, omega_t)
         if plan.paths == "concat":
@@ -326,7 +289,7 @@ class _CosineLoss(torch.autograd.Function):
         target = _Maps(*ctx.saved_tensors, plan.target_scale)
         to_dot, to_square = (g.to(target.query) for g in sums.gradient(-grad))
         total = _Gradients(*(torch.zeros_like(t) for t in ctx.saved_tensors))
-        for places in _pairs_of_blocks(_blocks(target.query.shape[2], plan.rows)):
+        for places in _pairs_of_blocks(blocks_of(target.query.shape[2], plan.rows)):
             _add_gradient(total, ctx.source, target, places, plan, ctx.weight, to_dot, to_square)
         if plan.paths == "concat":
             given, own = (_weighted_tau(t, ctx.weight) for t in (ctx.source.tau, target.tau))
@@ -343,9 +306,9 @@ class _Sums:
         self.dot = self.square_target = self.square_source = 0.0
 
     def add(self, source: Tensor, target: Tensor) -> None:
-        self.dot = self.dot + _dot(source, target)
-        self.square_target = self.square_target + _dot(target, target)
-        self.square_source = self.square_source + _dot(source, source)
+        self.dot = self.dot + dot(source, target)
+        self.square_target = self.square_target + dot(target, target)
+        self.square_source = self.square_source + dot(source, source)
 
     @property
     def _norm(self) -> Tensor:
@@ -388,12 +351,6 @@ def _mix(source: Tensor, target: Tensor, to_dot: Tensor, to_square: Tensor) -> T
     return target.mul_(to_square).addcmul_(source, to_dot)
 
 
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """Sum over each row in the working precision, over the rows in float64 (on the CPU where the device has none)."""
-    rows = (a * b).sum(-1)
-    return (rows.cpu() if rows.device.type == "mps" else rows).sum(dtype=torch.float64)
-
-
 @dataclass(frozen=True)
 class _Gradients:
     """d loss / d of a target's query, key, lse and tau."""
@@ -430,6 +387,6 @@ def _add_gradient(total: _Gradients, source, target, places, plan, weight, to_do
 
 def _add_normaliser_gradient(total: _Gradients, target: _Maps, plan: _Plan):
     """Carries the gradient of each row's log-sum-exp into query and key: d lse / d logits is the softmax."""
-    blocks = _blocks(target.query.shape[2], plan.rows)
+    blocks = blocks_of(target.query.shape[2], plan.rows)
     for p, q in product(blocks, blocks):
         total.add_logits(target.tile(p, q).mul_(total.lse[:, :, p, None]), target, p, q)
