@@ -180,7 +180,7 @@ class GradientPeak:
         given = FeatureRecorder(None)
         tap = AttentionTap(model, [given], differentiable=True)
         predict(base, step.source, step.sigma * x.new_ones(len(x)), step.run.source_conds[0], tap.install(options))
-        source = {path: _normal(f) for path, f in given.features.items()}
+        source = {path: f.map(normal_tensor) for path, f in given.features.items()}
         recorder = FeatureRecorder(None, last=list(source)[-1])
         tap = AttentionTap(model, [recorder], differentiable=True)
 
@@ -196,10 +196,6 @@ class GradientPeak:
                 lambda: latent_gradient(base, x, step.sigma, cond, loss, model_options=options, mutates=family.mutates)
             )
         return x
-
-
-def _normal(f: AttentionFeatures) -> AttentionFeatures:
-    return AttentionFeatures(*map(normal_tensor, (f.query, f.key, f.temporal)), f.scale)
 
 
 def one_step(trajectory: Trajectory, prompt: list, function) -> Tensor:

@@ -9,13 +9,15 @@ from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from math import prod
 
+import torch
 from torch import Tensor
 from torch.nn import Module
 
 from ..core.inflation import Inflation
 from ..core.parametrization import noise_fraction
-from .families import Kind, Layer, attention_layers
+from .families import IN_SPACE, Ends, Kind, Layer, attention_layers, family_of, patch_size
 
 KEY = "spacetime_edit_tap"
 INFLATION = "spacetime_edit_inflation"
@@ -38,9 +40,10 @@ class AttentionCall:
     """One attention call. query (B, H, N, D), key and value (B, H, M, D), logits are `scale` q k + `mask`.
 
     attend: the attention that would have been computed, for other arguments (query, key, value, scale, attn_mask).
-    grid: (F, h, w) of the layer's tokens. Spatial and cross attention: B = prompts * F, N = h w; temporal:
-    B = prompts * h w, N = F. Rows are prompt-major. Of an inflated model, spatial calls are those of the single frames;
-    what is computed is `over_frames`. inflation: what a spatial call has yet to be, or, if `inflated`, already is.
+    grid: (F, h, w) of the layer's tokens. Spatial and cross attention of a U-Net: B = prompts * F, N = h w; temporal:
+    B = prompts * h w, N = F. Of a transformer: B = prompts, N = F h w, and what else is in `extra`. Rows are
+    prompt-major. Of an inflated model, spatial calls are those of the single frames; what is computed is `over_frames`.
+    inflation: what a spatial call has yet to be, or, if `inflated`, already is.
     """
 
     layer: Layer
@@ -64,6 +67,8 @@ class AttentionCall:
         run, frames = self.run, self.run.frames
         if self.kind == "temporal":
             of_row = [(frames, frames)] * (self.grid[1] * self.grid[2])
+        elif run.patch is not None:
+            of_row = [(frames, () if self.kind == "cross" else frames)]
         elif self.kind == "cross":
             of_row = [((f,), ()) for f in frames]
         elif self.inflated:
@@ -85,6 +90,31 @@ class AttentionCall:
         if self.inflation is None or self.inflated:
             return output
         return self.inflation.deflate(output, self.grid[0])
+
+    @property
+    def over_time(self) -> bool:
+        """Whether each token of self-attention sees those of all frames, and there is no other attention over time."""
+        joined = self.inflation is not None and self.inflation.keys == "all frames"
+        if self.run.patch is not None:
+            return self.kind in IN_SPACE
+        return self.kind == "spatial" and joined and "temporal" not in self.run.kinds
+
+    def of_clip(self, tensor: Tensor) -> Tensor:
+        """(prompts F, H, N, D): the clip's own tokens in a query, key or value of self-attention, frame by frame."""
+        frames, height, width = self.grid
+        if self.run.patch is None and not (self.inflated and self.inflation.keys == "all frames"):
+            return tensor[:, :, tensor.shape[2] - height * width :]
+        return tensor[:, :, self._clip(tensor)].unflatten(2, (frames, -1)).transpose(1, 2).flatten(0, 1)
+
+    def extra(self, tensor: Tensor) -> Tensor:
+        """(prompts, H, E, D): of a transformer's query, key or value, the tokens that are not the clip's."""
+        clip = self._clip(tensor)
+        return torch.cat([tensor[:, :, : clip.start], tensor[:, :, clip.stop :]], 2)
+
+    def _clip(self, tensor: Tensor) -> slice:
+        """Where the clip's tokens are, of all frames."""
+        tokens, own = tensor.shape[2], prod(self.grid)
+        return slice(0, own) if self.run.clip_at == "first" else slice(tokens - own, tokens)
 
     @property
     def percent(self) -> float:
@@ -125,7 +155,8 @@ def until_enough_seen(predict: Callable[[], Tensor]) -> Tensor | None:
 @dataclass(frozen=True)
 class _Run:
     """One call of the model: the host's BaseModel, sigma (B,), latent size, prompts in the batch, frames (indices in
-    the whole clip), and the transformer_options."""
+    the whole clip, as tokens count them), the transformer_options, and the kinds of attention that the model has.
+    patch, clip_at: of a transformer, see `Family`."""
 
     base_model: object
     sigma: Tensor
@@ -134,6 +165,9 @@ class _Run:
     uuids: tuple[object, ...]
     frames: tuple[int, ...]
     options: dict = field(repr=False)
+    kinds: frozenset[Kind] = frozenset()
+    patch: tuple[int, int, int] | None = None
+    clip_at: Ends | None = None
 
     @property
     def network(self) -> Module:
@@ -143,7 +177,7 @@ class _Run:
     def clip_frames(self) -> int:
         """Frames of the whole clip, of which a context window shows some."""
         window = self.options.get("context_window")
-        return len(self.frames) if window is None else window.total_frames
+        return len(self.frames) if window is None else -(-window.total_frames // (self.patch or (1,))[0])
 
     @cached_property
     def percent(self) -> float:
@@ -167,7 +201,7 @@ class AttentionTap:
     """
 
     def __init__(self, model, listeners: Sequence[Listener], *, differentiable: bool = False):
-        self._layers = attention_layers(model)
+        self._layers, self._family = attention_layers(model), family_of(model)
         self._listeners = tuple(listeners)
         self._differentiable = differentiable
         self._stack: list[Layer] = []
@@ -188,8 +222,29 @@ class AttentionTap:
     def _track(self, executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **kw):
         """APPLY_MODEL wrapper: follows the run of the model."""
         options = transformer_options or {}
-        with self._following(_describe_run(executor.class_obj, x, t, options)):
+        with self._following(self._describe_run(executor.class_obj, x, t, options)):
             return executor(x, t, c_concat, c_crossattn, control, options, **kw)
+
+    def _describe_run(self, base_model, x: Tensor, sigma: Tensor, options: dict) -> "_Run":
+        prompts = tuple(options.get("cond_or_uncond", (0,)))
+        frames = x.shape[0] // len(prompts) if x.ndim == 4 else x.shape[2]
+        window = options.get("context_window")
+        indices = tuple(range(frames) if window is None else window.index_list)
+        patch = patch_size(base_model.diffusion_model) if self._family.patched else None
+        if patch is not None:
+            indices = _token_frames(indices, patch[0])
+        return _Run(
+            base_model,
+            sigma,
+            tuple(x.shape[-2:]),
+            prompts,
+            tuple(options.get("uuids", (None,) * len(prompts))),
+            indices,
+            options,
+            frozenset(layer.kind for layer in self._layers.values()),
+            patch,
+            self._family.patched,
+        )
 
     @contextlib.contextmanager
     def again(self, run: _Run, block: str, listeners: Sequence[Listener] | None = None):
@@ -254,7 +309,7 @@ class AttentionTap:
         mask, attend = args[4] if len(args) > 4 else kwargs.get("mask"), partial(_attend, proceed, kwargs)
         inflation, inflated = _inflation_of(layer.kind, query, key, self._run)
         joined = len(self._run.frames) if inflated and inflation.keys == "all frames" else 1
-        grid = _grid(layer.kind, query.shape[0], query.shape[2] // joined, self._run)
+        grid = _grid(layer, query.shape[0], query.shape[2] // joined, self._run)
         call = AttentionCall(layer, query, key, value, scale, grid, self._run, mask, attend, inflation, inflated)
         if inflation is None:
             return call
@@ -265,13 +320,15 @@ class AttentionTap:
         return call
 
 
-def _describe_run(base_model, x: Tensor, sigma: Tensor, options: dict) -> _Run:
-    prompts = tuple(options.get("cond_or_uncond", (0,)))
-    frames = x.shape[0] // len(prompts) if x.ndim == 4 else x.shape[2]
-    window = options.get("context_window")
-    indices = range(frames) if window is None else window.index_list
-    uuids = tuple(options.get("uuids", (None,) * len(prompts)))
-    return _Run(base_model, sigma, tuple(x.shape[-2:]), prompts, uuids, tuple(indices), options)
+def _token_frames(frames: tuple[int, ...], together: int) -> tuple[int, ...]:
+    """Which frames of tokens these latent frames make, `together` of them one."""
+    parts = [frames[i : i + together] for i in range(0, len(frames), together)]
+    if any(len({frame // together for frame in part}) > 1 for part in parts):
+        raise ValueError(
+            f"model: it joins {together} latent frames in a token, and the context window begins in the middle of one; "
+            f"choose a context length, overlap and stride that {together} divides"
+        )
+    return tuple(part[0] // together for part in parts)
 
 
 def _inflation_of(kind: Kind, query: Tensor, key: Tensor, run: _Run) -> tuple[Inflation | None, bool]:
@@ -284,10 +341,19 @@ def _inflation_of(kind: Kind, query: Tensor, key: Tensor, run: _Run) -> tuple[In
     return inflation, key.shape[2] != query.shape[2]
 
 
-def _grid(kind: Kind, rows: int, tokens: int, run: _Run) -> tuple[int, int, int]:
-    """(F, h, w): the latent's size halved, rounding up, until it holds as many tokens as the call has."""
-    tokens = rows // len(run.prompts) if kind == "temporal" else tokens
+def _grid(layer: Layer, rows: int, tokens: int, run: _Run) -> tuple[int, int, int]:
+    """(F, h, w) of a call's tokens.
+
+    Of a U-Net the latent's size halved, rounding up, until it holds as many tokens as the call has; of a transformer
+    its patches, beside which there may be other tokens.
+    """
     height, width = run.size
+    if run.patch is not None:
+        grid = len(run.frames), -(-height // run.patch[1]), -(-width // run.patch[2])
+        if prod(grid) > tokens:
+            raise ValueError(f"{layer.path}: {tokens} tokens are fewer than the {prod(grid)} of a clip of {grid}")
+        return grid
+    tokens = rows // len(run.prompts) if layer.kind == "temporal" else tokens
     while height * width > tokens:
         height, width = (height + 1) // 2, (width + 1) // 2
     if height * width != tokens:

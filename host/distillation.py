@@ -21,7 +21,7 @@ from ..core.relevance import matching_loss
 from ..core.self_similarity import spatial_self_similarity_loss, temporal_self_similarity_loss
 from .attention_tap import AttentionCall, AttentionTap, Listener
 from .checkpointing import checkpointed
-from .families import attention_layers, family_of, noise_space, select_blocks
+from .families import IN_SPACE, attention_layers, family_of, noise_space, select_blocks
 from .features import FeatureRecorder
 from .gradients import latent_gradients, normal_tensor, predict
 from .latents import check_clip_latent, grid_mask_of, mask_like
@@ -35,8 +35,6 @@ SPATIAL, TEMPORAL, RELEVANCE, MOTION = "S-SSM", "T-SSM", "STR", "frame differenc
 
 Branch = Literal["text", "negative"]
 SOURCE_POSITIVE = "source_positive"
-IN_SPACE = ("spatial", "joint")
-"""Kinds of attention whose keys are compared: those of a frame's own tokens."""
 TOGETHER = "all regularisers"
 PREVIEW_SECONDS = 1.0
 
@@ -76,11 +74,15 @@ def check_times(t_range: tuple[float, float]) -> None:
 
 
 def key_blocks(model, layers: str = "") -> frozenset[str]:
-    """The blocks whose keys are compared: those named, or all on the way up. ValueError for what the model has not."""
+    """The blocks whose keys are compared: those named, or all on the way up, of a transformer the later half.
+
+    ValueError for what the model has not.
+    """
     blocks = {layer.block for layer in attention_layers(model).values() if layer.kind in IN_SPACE}
     if layers.strip():
         return select_blocks(layers, blocks)
-    return frozenset(block for block in blocks if block.startswith("u")) or frozenset(blocks)
+    later = sorted(blocks, key=lambda name: (name[0], int(name[1:])))[len(blocks) // 2 :]
+    return frozenset(block for block in blocks if block.startswith("u")) or frozenset(later)
 
 
 class KeyRecorder:
@@ -114,8 +116,7 @@ class KeyRecorder:
     def _taken(self, call: AttentionCall) -> dict[str, Tensor]:
         if call.kind not in IN_SPACE or call.layer.block not in self._blocks:
             return {}
-        own = call.query.shape[2] if call.kind == "joint" else 0  # whose keys begin with the prompt's
-        return {f"{call.layer.path} keys": call.key[:, :, -own:]}
+        return {f"{call.layer.path} keys": call.of_clip(call.key)}
 
 
 class Recorders:

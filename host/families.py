@@ -16,28 +16,41 @@ from torch.nn import Module
 
 from ..core.parametrization import NoiseSpace
 
-Kind = Literal["spatial", "cross", "temporal", "joint"]
-"""joint: queries of one frame's tokens, keys of the prompt's tokens followed by the frame's own."""
+Kind = Literal["spatial", "cross", "temporal", "joint", "spacetime"]
+"""Of a U-Net, whose batch rows are frames, joint: queries of one frame's tokens, keys of the prompt's tokens followed
+by the frame's own. Of a transformer, whose rows are clips, joint: queries and keys of the prompt's tokens and the
+clip's; spacetime: of the clip's alone."""
+
+IN_SPACE: tuple[Kind, ...] = ("spatial", "joint", "spacetime")
+"""Kinds in which the tokens of a frame see one another."""
+
+Ends = Literal["first", "last"]
+
+
+NEVER = r"(?!)"
+"""A pattern that nothing matches."""
 
 
 @dataclass(frozen=True)
 class Family:
     """One row: `attention` maps a kind of attention to the pattern of its modules' paths.
 
-    base_model and diffusion_model are the class names of the host's model and of the network in it. mutates: blocks, or
+    base_model and diffusion_model are class names: of the host's models and of the network in them. mutates: blocks, or
     common patches of them such as FreeU, change activations in place. blocks: pattern of the modules that checkpointing
     runs again. norms: of the group norms of ResNet blocks and of the output, which see each frame by itself.
     """
 
     name: str
-    base_model: str
+    base_model: tuple[str, ...]
     diffusion_model: str
     attention: tuple[tuple[Kind, str], ...]
     blocks: str
-    norms: str
-    mutates: bool
-    downsamplers: str
-    frame_rule: tuple[int, int]
+    norms: str = NEVER
+    mutates: bool = False
+    downsamplers: str = NEVER
+    frame_rule: tuple[int, int] = (1, 0)
+    patched: Ends | None = None
+    score_blocks: str = ""
 
 
 LEVEL = r"(down|mid|up)_blocks?\.(?:(\d+)\.)?"
@@ -48,7 +61,7 @@ OVER_TIME = LEVEL + r"temp_attentions\.(\d+)\.transformer_blocks\.(\d+)\."
 FAMILIES = (
     Family(
         name="UNet3D (Zeroscope, ModelScope)",
-        base_model="UNet3DVideoModel",
+        base_model=("UNet3DVideoModel",),
         diffusion_model="SpacetimeUNet3D",
         attention=(
             ("spatial", TRANSFORMER + r"attn1"),
@@ -58,13 +71,11 @@ FAMILIES = (
         ),
         blocks=r"(?:down_blocks\.\d+|mid_block|up_blocks\.\d+)\.(?:resnets|(?:temp_)?(?:convs|attentions))\.\d+|transformer_in",
         norms=r"(?:down_blocks\.\d+|mid_block|up_blocks\.\d+)\.resnets\.\d+\.norm[12]|conv_norm_out",
-        mutates=False,
         downsamplers=r"down_blocks\.\d+\.downsamplers\.\d+",
-        frame_rule=(1, 0),
     ),
     Family(
         name="Show-1 (key frames, in pixels)",
-        base_model="UNet3DVideoModel",
+        base_model=("UNet3DVideoModel",),
         diffusion_model="PixelUNet3D",
         attention=(
             ("joint", LEVEL + r"attentions\.(\d+)()"),
@@ -73,13 +84,11 @@ FAMILIES = (
         ),
         blocks=r"(?:(?:down|up)_blocks\.\d+|mid_block)\.(?:resnets|(?:temp_)?(?:convs|attentions)|(?:down|up)samplers)\.\d+|transformer_in",
         norms=r"(?:(?:down|up)_blocks\.\d+|mid_block)\.(?:resnets|(?:down|up)samplers)\.\d+\.norm[12]|conv_norm_out",
-        mutates=False,
         downsamplers=r"down_blocks\.\d+\.downsamplers\.\d+",
-        frame_rule=(1, 0),
     ),
     Family(
         name="LaVie",
-        base_model="UNet3DVideoModel",
+        base_model=("UNet3DVideoModel",),
         diffusion_model="LaVieUNet",
         attention=(
             ("spatial", TRANSFORMER + r"attn1"),
@@ -87,14 +96,11 @@ FAMILIES = (
             ("temporal", TRANSFORMER + r"attn_temp"),
         ),
         blocks=r"(?:down_blocks\.\d+|mid_block|up_blocks\.\d+)\.(?:resnets|attentions)\.\d+",
-        norms=r"(?!)",  # they see the whole clip as they are
-        mutates=False,
         downsamplers=r"down_blocks\.\d+\.downsamplers\.\d+",
-        frame_rule=(1, 0),
     ),
     Family(
         name="SD 1.5",
-        base_model="BaseModel",
+        base_model=("BaseModel",),
         diffusion_model="UNetModel",
         attention=(
             ("spatial", r"(input|middle|output)_blocks?\.(?:(\d+)\.)?(\d+)\.transformer_blocks\.(\d+)\.attn1"),
@@ -104,11 +110,29 @@ FAMILIES = (
         norms=r"(?:(?:input|output)_blocks\.\d+\.\d+|middle_block\.\d+)\.(?:in|out)_layers\.0|out\.0",
         mutates=True,
         downsamplers=r"input_blocks\.\d+\.0\.op",
-        frame_rule=(1, 0),
+    ),
+    Family(
+        name="CogVideoX",
+        base_model=("CogVideoX",),
+        diffusion_model="CogVideoXTransformer3DModel",
+        attention=(("joint", r"(blocks)\.(\d+)"),),
+        blocks=r"blocks\.\d+",
+        frame_rule=(4, 1),
+        patched="last",
+        score_blocks="b0-b1",
     ),
 )
 
-SIDES = {"down": "d", "input": "d", "mid": "m", "middle": "m", "up": "u", "output": "u", "transformer_in": "i"}
+SIDES = {
+    "down": "d",
+    "input": "d",
+    "mid": "m",
+    "middle": "m",
+    "up": "u",
+    "output": "u",
+    "transformer_in": "i",
+    "blocks": "b",
+}
 
 
 @dataclass(frozen=True)
@@ -124,13 +148,26 @@ def family_of(model) -> Family:
     """The row of a ModelPatcher's diffusion model; ValueError for a model that no row describes."""
     names = type(model.model).__name__, type(model.model.diffusion_model).__name__
     for family in FAMILIES:
-        if (family.base_model, family.diffusion_model) == names:
+        if names[0] in family.base_model and names[1] == family.diffusion_model:
             return family
     known = ", ".join(f.name for f in FAMILIES)
     raise ValueError(f"model: {names[0]} with {names[1]} is not a supported model family; expected one of: {known}")
 
 
 _layers: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # by network: every step asks, and a walk takes time
+
+
+def patch_of(model) -> tuple[int, int, int] | None:
+    """Latent frames, rows and columns that one token of a ModelPatcher's transformer holds; None for a U-Net."""
+    return patch_size(model.model.diffusion_model) if family_of(model).patched else None
+
+
+def patch_size(network: Module) -> tuple[int, int, int]:
+    """(frames, rows, columns) of a video transformer's patches, by the network's own word."""
+    size = getattr(network, "patch_size", None) or getattr(network, "patch_spatial", 1)
+    if isinstance(size, (tuple, list)):
+        return tuple(size)
+    return getattr(network, "patch_size_t", None) or getattr(network, "patch_temporal", 1), size, size
 
 
 def attention_layers(model) -> Mapping[str, Layer]:

@@ -12,6 +12,7 @@ from .attention_tap import AttentionCall, EnoughSeen, Listener
 class FeatureRecorder:
     """A listener that keeps what STR needs: spatial query and key, and the temporal map that follows on that grid.
 
+    Of attention that spans the frames itself, query and key of the clip's tokens and the keys of all others.
     blocks: block names to keep; None keeps every grid but the finest, as the paper does. last: path of the spatial
     layer after whose partner the run may end. One prompt a run. `tensors` holds what was kept by "path part"; block
     checkpointing exchanges them for ones that carry gradients. `grids`: (F, h, w) of the layers in `features`.
@@ -37,9 +38,12 @@ class FeatureRecorder:
         return {path: self._features(path, partner) for path, partner in self._partners.items()}
 
     def __call__(self, call: AttentionCall) -> None:
-        if call.kind == "spatial":
+        wanted = not call.at_latent_resolution if self._blocks is None else call.layer.block in self._blocks
+        if call.over_time:
+            if wanted:
+                self._keep(call, call.layer.path)
+        elif call.kind == "spatial":
             self._unpaired = self.unpaired
-            wanted = not call.at_latent_resolution if self._blocks is None else call.layer.block in self._blocks
             self._waiting = call if wanted else None
             if wanted:
                 self.tensors |= _tensors_of(call)
@@ -60,14 +64,21 @@ class FeatureRecorder:
 
     def _pair(self, spatial: AttentionCall, temporal: AttentionCall) -> None:
         self._waiting = None
-        self._scales[spatial.layer.path], self.grids[spatial.layer.path] = spatial.scale, spatial.grid
-        self._partners[spatial.layer.path] = temporal.layer.path
         self.tensors |= _tensors_of(temporal)
-        if spatial.layer.path == self._last:
+        self._keep(spatial, temporal.layer.path)
+
+    def _keep(self, call: AttentionCall, partner: str) -> None:
+        path = call.layer.path
+        self._scales[path], self.grids[path], self._partners[path] = call.scale, call.grid, partner
+        self.tensors |= _tensors_of(call)
+        if path == self._last:
             raise EnoughSeen
 
     def _features(self, path: str, partner: str) -> AttentionFeatures:
         query, key = (self.tensors[f"{path} {part}"] for part in ("query", "key"))
+        if partner == path:
+            extra = self.tensors.get(f"{path} extra")
+            return AttentionFeatures(query, key, None, self._scales[path], None if extra is None else extra[0])
         maps, heads = self.tensors[f"{partner} map"], query.shape[1]
         if maps.shape[1] != heads:
             maps = maps.mean(1, keepdim=True).expand(-1, heads, -1, -1)
@@ -75,8 +86,11 @@ class FeatureRecorder:
 
 
 def _tensors_of(call: AttentionCall) -> dict[str, Tensor]:
-    """What a call contributes: query and key (F, H, N, D), or its map (N, H, F, F)."""
+    """What a call contributes: query and key (F, H, N, D), or its map (N, H, F, F), or other keys (1, H, E, D)."""
     path = call.layer.path
+    if call.over_time:
+        found = {f"{path} query": call.of_clip(call.query), f"{path} key": call.of_clip(call.key)}
+        return found if call.kind == "spatial" else found | {f"{path} extra": call.extra(call.key)}
     if call.kind == "spatial":
         return {f"{path} query": call.query, f"{path} key": call.key}
     if call.kind == "temporal":

@@ -109,7 +109,7 @@ def loss_memory(features: Iterable[AttentionFeatures], smaller: int = 1) -> int:
     kept = tile = 0
     for f in features:
         frames, heads, tokens, _ = f.query.shape
-        kept += f.query.numel() + f.key.numel() + f.temporal.numel()
+        kept += sum(t.numel() for t in f.tensors)
         tile = max(tile, min(TILE_ELEMENTS // smaller, frames * heads * tokens**2))
     return 4 * (3 * kept + LOSS_TILES * tile)
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..core.region_attention import modulated_attention, modulation_strength
 from ..core.regions import membership, partition, same_frames, size_term, token_regions
@@ -33,9 +34,10 @@ FINEST = 1024
 class RegionModulation:
     """Modulates attention calls by the regions of a layout.
 
-    self_strength, cross_strength, temporal_strength: factors of the method's own strength, 0 = none. start, end:
-    percent of denoising in [0, 1]. levels: how much coarser than the latent a layer's grid is, where it is modulated;
-    None: all but the latent's own resolution, and that too where it has at most 1024 tokens.
+    self_strength, cross_strength, temporal_strength: factors of the method's own strength, 0 = none; where one
+    attention reads prompt and clip together, the mean of the first two. start, end: percent of denoising in [0, 1].
+    levels: how much coarser than the latent a layer's grid is, where it is modulated; None: all but the latent's own
+    resolution, and that too where it has at most 1024 tokens.
     """
 
     layout: Layout
@@ -53,20 +55,22 @@ class RegionModulation:
         return not self.layout.regions or not (self.self_strength or self.cross_strength or self.temporal_strength)
 
     def __call__(self, call: AttentionCall) -> Tensor | None:
-        factor = {
-            "spatial": self.self_strength,
-            "cross": self.cross_strength,
-            "temporal": self.temporal_strength,
+        factor, parts = {
+            "spatial": (self.self_strength, self._of_self),
+            "spacetime": (self.self_strength, self._of_self),
+            "cross": (self.cross_strength, self._of_cross),
+            "joint": ((self.self_strength + self.cross_strength) / 2, self._of_joint),
+            "temporal": (self.temporal_strength, self._of_time),
         }[call.kind]
         if factor == 0 or not self.start <= call.percent <= self.end or not self._at_level(call):
             return None
         if call.options.get(SOURCE_RUN):
             return None  # the source clip is seen as it is
         wide = call.over_frames()
-        arguments = {"spatial": self._of_self, "cross": self._of_cross, "temporal": self._of_time}[call.kind](wide)
+        arguments = parts(wide)
         if arguments is None:
             return None
-        of_query, of_key, strength = arguments
+        of_query, of_key, strength, *blocks = arguments
         output = modulated_attention(
             wide.query,
             wide.key,
@@ -77,6 +81,7 @@ class RegionModulation:
             overlap="product" if self.layout.mode == "paper" else "any",
             mask=wide.mask,
             scale=wide.scale,
+            blocks=blocks or None,
             attention=wide.attend,
         )
         return call.by_frame(output)
@@ -101,15 +106,33 @@ class RegionModulation:
         return tokens[of_queries].flatten(1, 2), tokens[of_keys].flatten(1, 2), strength
 
     def _of_cross(self, call: AttentionCall):
-        """Queries are a frame's tokens, keys the text's, of the positive prompt."""
+        """Queries are a frame's tokens, or the clip's, keys the text's, of the positive prompt."""
         rows = self._rows(call, {POSITIVE})
         if rows is None:
             return None
-        tokens, text = self._tokens(call), self._text(call)
-        frames = self._places([row.frames for row in call.rows], call)[:, 0]
+        tokens, text = self._tokens(call), self._text(call, call.key.shape[2])
+        frames = self._places([row.frames for row in call.rows], call)
         size = size_term(tokens, "frame")
-        strength = modulation_strength(1 - call.percent, size[frames], "cross") * rows[:, None]
-        return tokens[frames][..., : text.shape[1]], text, strength
+        strength = modulation_strength(1 - call.percent, size[frames].flatten(1), "cross") * rows[:, None]
+        return tokens[frames].flatten(1, 2)[..., : text.shape[1]], text, strength
+
+    def _of_joint(self, call: AttentionCall):
+        """Queries and keys are the text's tokens and the clip's, of the positive prompt; text queries stay.
+
+        Extrema are those of the text and of the clip, each by itself (decision D6).
+        """
+        rows = self._rows(call, {POSITIVE})
+        if rows is None:
+            return None
+        tokens = self._tokens(call)
+        clip, text = tokens.flatten(0, 1), self._text(call, call.key.shape[2] - tokens[..., 0].numel())
+        text = pad(text, (0, clip.shape[1] - text.shape[1]))
+        strength = modulation_strength(1 - call.percent, size_term(tokens, "clip").flatten(), "joint")
+        parts = [(text, strength.new_zeros(len(text))), (clip, strength)]
+        if call.run.clip_at == "first":
+            parts.reverse()
+        of_all, strength = (torch.cat(of_parts) for of_parts in zip(*parts, strict=True))
+        return of_all, of_all, strength * rows[:, None], *(len(of_part) for of_part, _ in parts)
 
     def _of_time(self, call: AttentionCall):
         """Rows are places, tokens frames: a place may change its region as objects move."""
@@ -134,9 +157,9 @@ class RegionModulation:
             self._tables[key] = table[list(call.run.frames)].to(call.query.device)
         return self._tables[key]
 
-    def _text(self, call: AttentionCall) -> Tensor:
-        """(M, K): which of the call's keys are words of a region; the host may repeat a prompt."""
-        keys, length = call.key.shape[2], self.layout.length
+    def _text(self, call: AttentionCall, keys: int) -> Tensor:
+        """(keys, K): which of so many of the call's keys are words of a region; the host may repeat a prompt."""
+        length = self.layout.length
         if keys % length:
             raise ValueError(
                 f"layout: it was made for {length} text tokens (the prompt {self.layout.prompt!r}), the model gets "
@@ -173,12 +196,12 @@ def patch_regions(model, modulation: RegionModulation):
     if modulation.neutral:
         return patched
     kinds = {layer.kind for layer in attention_layers(model).values()}
-    if "joint" in kinds:
+    if "joint" in kinds and family_of(model).patched is None:
         raise ValueError(
             f"model: in {family_of(model).name} one attention reads prompt and frame together, in which regions do not "
             f"act; use a model such as Zeroscope or SD 1.5"
         )
-    if "cross" not in kinds and modulation.cross_strength and any(modulation.layout.positions):
+    if not kinds & {"cross", "joint"} and modulation.cross_strength and any(modulation.layout.positions):
         raise ValueError(
             f"model: {family_of(model).name} has no cross-attention, so no phrase can be kept in its region; set "
             f"cross_strength to 0 to let regions act in self-attention alone"

@@ -15,9 +15,10 @@ from ..core.relevance import AttentionFeatures, Paths, matching_loss
 from ..core.trajectory import Trajectory
 from .attention_tap import AttentionTap, Listener, until_enough_seen
 from .checkpointing import checkpointed
-from .families import attention_layers, family_of, select_blocks
+from .families import IN_SPACE, Family, attention_layers, family_of, parse_blocks, select_blocks
 from .features import FeatureRecorder
 from .gradients import latent_gradient, normal_tensor, predict
+from .inflation import inflation_of
 from .latents import mask_like
 from .memory import SMALLER_TILES, ActivationMeter, GradientMemory, loss_memory, small_tile, with_less_memory
 from .sampling import Step
@@ -29,6 +30,9 @@ STEPS_OF_LAMBDA = 50
 
 HALF_PRECISION_SCALE = 2.0**14
 """Loss scale for float16 models, whose gradients of a mean cosine would underflow."""
+
+DIRECT: Paths = "spatial-temporal"
+"""The only form of a score that goes along no path."""
 
 Task = Literal["change", "delete", "add"]
 
@@ -61,8 +65,18 @@ class STRScore:
 def lacks_for_relevance(model) -> str:
     """Which attention of those that the STR score is built from a ModelPatcher has not; "" if none."""
     kinds = {layer.kind for layer in attention_layers(model).values()}
+    if sees_all_frames(model):
+        return ""
     needed = {"spatial": "spatial self-attention apart from the prompt's", "temporal": "temporal attention"}
     return " and no ".join(name for kind, name in needed.items() if kind not in kinds)
+
+
+def sees_all_frames(model) -> bool:
+    """Whether self-attention of a ModelPatcher spans all frames: of a video transformer, or where it is inflated so."""
+    if family_of(model).patched is not None:
+        return True
+    inflation, kinds = inflation_of(model), {layer.kind for layer in attention_layers(model).values()}
+    return inflation is not None and inflation.keys == "all frames" and "temporal" not in kinds
 
 
 def str_score_of(trajectory: Trajectory, layers: str = "", radius: int = 1, **form) -> STRScore:
@@ -74,12 +88,24 @@ def str_score_of(trajectory: Trajectory, layers: str = "", radius: int = 1, **fo
     if lacking := lacks_for_relevance(trajectory.model):
         raise ValueError(
             f"trajectory: its model ({family_of(trajectory.model).name}) has no {lacking}, which the STR score is "
-            f"built from; load a text-to-video model such as Zeroscope"
+            f"built from; load a text-to-video model such as Zeroscope, or inflate this one (all frames) before the "
+            f"inversion"
         )
     if radius < 0:
         raise ValueError(f"radius: it is {radius}; expected a number of frames, or 0 for all")
-    blocks = {layer.block for layer in found if layer.kind == "spatial"}
+    if sees_all_frames(trajectory.model) and form.get("paths", DIRECT) != DIRECT:
+        raise ValueError(
+            f"paths: it is {form['paths']!r}, but attention of {family_of(trajectory.model).name} sees all frames at "
+            f"once, so the score goes along no path; set it to {DIRECT!r}"
+        )
+    blocks = {layer.block for layer in found if layer.kind in IN_SPACE}
+    layers = layers if layers.strip() else _default_blocks(family_of(trajectory.model), blocks)
     return STRScore(trajectory, select_blocks(layers, blocks) if layers.strip() else None, radius, **form)
+
+
+def _default_blocks(family: Family, blocks: set[str]) -> str:
+    """The family's own choice, as far as a small model has them."""
+    return ",".join(sorted(blocks & frozenset().union(*parse_blocks(family.score_blocks).values())))
 
 
 def check_window(start: float, end: float) -> None:
@@ -187,7 +213,7 @@ class _Matcher:
         self._matching, self._score, self._step, self._run = matching, matching.score, step, run
         self.cosines: list[float] = []
         recorder = self._first_look() if run.last_layer is None else self._next_look()
-        self._source, self._grids = {path: _normal(f) for path, f in recorder.features.items()}, recorder.grids
+        self._source, self._grids = {p: f.map(normal_tensor) for p, f in recorder.features.items()}, recorder.grids
         self._weights = self._hidden_inside_mask() if matching.task in NEW_CONTENT else {}
 
     def gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -242,7 +268,9 @@ class _Matcher:
         with meter.open():
             self._record_source(recorder, count)
         if not recorder.features:
-            raise ValueError("layers: none of the chosen blocks has a spatial and a temporal attention of one size")
+            raise ValueError(
+                "layers: none of the chosen blocks has a spatial and a temporal attention of one size, or one over both"
+            )
         if recorder.unpaired:
             log.info("STR score: skipped layers without temporal partner: %s", ", ".join(recorder.unpaired))
         self._run.last_layer = next(reversed(recorder.features))
@@ -300,13 +328,8 @@ def leading_cond(conds: list[dict], sigma: Tensor, name: str) -> dict:
     )
 
 
-def _normal(features: AttentionFeatures) -> AttentionFeatures:
-    query, key, temporal = (normal_tensor(t) for t in (features.query, features.key, features.temporal))
-    return AttentionFeatures(query, key, temporal, features.scale)
-
-
 def _first_bad_layer(features: dict[str, AttentionFeatures]) -> str:
     for path, f in features.items():
-        if not all(torch.isfinite(t).all() for t in (f.query, f.key, f.temporal)):
+        if not all(torch.isfinite(t).all() for t in f.tensors):
             return path
     return "unknown, in the backward pass"

@@ -4,12 +4,11 @@ import pytest
 import torch
 from spacetime_edit.core.regions import Region
 from spacetime_edit.core.relevance import matching_loss
-from spacetime_edit.host import relevance_matching
 from spacetime_edit.host.attention_tap import AttentionTap
 from spacetime_edit.host.checkpointing import checkpointed
 from spacetime_edit.host.families import attention_layers, family_of
 from spacetime_edit.host.features import FeatureRecorder
-from spacetime_edit.host.gradients import latent_gradient, predict
+from spacetime_edit.host.gradients import latent_gradient, normal_tensor, predict
 from spacetime_edit.host.memory import small_tile
 from spacetime_edit.host.region_patch import RegionModulation, patch_regions
 from spacetime_edit.host.region_prompt import encode_regional_prompt
@@ -32,7 +31,7 @@ def gradient(model, positive, latent, source=None, *, checkpoint, output=False, 
         if source is not None:
             tap = AttentionTap(model, [given], differentiable=True).install(options)
             predict(base, source, sigma * source.new_ones(len(source)), cond, tap)
-        held = {path: relevance_matching._normal(f) for path, f in given.features.items()}
+        held = {path: f.map(normal_tensor) for path, f in given.features.items()}
         recorder = FeatureRecorder(blocks, None if output or not held else list(held)[-1])
         tap = AttentionTap(model, [recorder], differentiable=True)
 

@@ -5,7 +5,6 @@ import comfy.ops
 import pytest
 import torch
 from spacetime_edit.core.relevance import matching_loss
-from spacetime_edit.host import relevance_matching
 from spacetime_edit.host.attention_tap import AttentionTap
 from spacetime_edit.host.features import FeatureRecorder
 from spacetime_edit.host.gradients import differentiable, latent_gradient, normal_tensor, predict
@@ -73,7 +72,7 @@ class Matching:
     def __init__(self, predict_plainly, source):
         recorder = FeatureRecorder(None)
         predict_plainly(source, [recorder])
-        self.source = {path: relevance_matching._normal(f) for path, f in recorder.features.items()}
+        self.source = {path: f.map(normal_tensor) for path, f in recorder.features.items()}
 
     def __call__(self, recorder):
         losses = [matching_loss(given, recorder.features[path]) for path, given in self.source.items()]

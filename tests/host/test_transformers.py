@@ -1,0 +1,330 @@
+"""The three methods on each video transformer that the host loads: tiny models of its own classes, random weights."""
+
+import comfy.lora
+import comfy.samplers
+import comfy.sd
+import pytest
+import torch
+from comfy.patcher_extension import WrappersMP
+from spacetime_edit.core.regions import Region
+from spacetime_edit.core.relevance import matching_loss
+from spacetime_edit.host.attention_tap import AttentionTap
+from spacetime_edit.host.checkpointing import checkpointed
+from spacetime_edit.host.distillation import SPATIAL, TEMPORAL, Distillation, key_blocks, optimise
+from spacetime_edit.host.families import attention_layers, family_of
+from spacetime_edit.host.features import FeatureRecorder
+from spacetime_edit.host.gradients import latent_gradient, normal_tensor, predict
+from spacetime_edit.host.region_patch import RegionModulation, patch_regions
+from spacetime_edit.host.region_prompt import Layout
+from spacetime_edit.host.relevance_matching import RelevanceMatching, str_score_of
+from spacetime_edit.host.sampling import TrajectorySampler, invert
+from spacetime_edit.tests.host import support
+from spacetime_edit.tests.host.tiny_families import BY_NAME, WORDS
+
+MIDDLE = 0.5  # of the denoising
+
+
+@pytest.fixture(scope="module", params=BY_NAME)
+def family(request):
+    return BY_NAME[request.param]
+
+
+@pytest.fixture(scope="module")
+def model(family):
+    with torch.inference_mode():
+        return family.model()
+
+
+def sigma_at(model, percent):
+    return float(model.get_model_object("model_sampling").percent_to_sigma(percent))
+
+
+def predicted(model, family, positive=None, *, negative=None, cfg=2.0, options=None, clip=None, percent=MIDDLE):
+    positive = family.conditioning() if positive is None else positive
+    clip = family.clip() if clip is None else clip
+    return support.prediction(model, positive, clip, negative, cfg, sigma_at(model, percent), options)
+
+
+def calls_of(model, family, negative=None, **options):
+    """All calls of one prediction, and the prediction."""
+    calls = []
+    tap = AttentionTap(model, [calls.append])
+    out = predicted(model, family, negative=negative, options=tap.install(model.model_options), **options)
+    return calls, out
+
+
+def halves(family):
+    """Two regions side by side, each with a word."""
+    frames, height, width = family.grid
+    left = torch.zeros(1, 4 * height, 4 * width)
+    left[..., : 2 * width] = 1
+    return Layout("a prompt", (Region("a", left), Region("b", 1 - left)), ((1, 2), (4,)), WORDS)
+
+
+# --- what the tap sees --------------------------------------------------
+
+
+def test_every_attention_is_classified(family, model):
+    """Against a count of the host's own calls; the tokens of the clip are where the family's row says."""
+    raw = []
+
+    def count(func, *args, **kwargs):
+        raw.append(args[0].shape)
+        return func(*args, **kwargs)
+
+    counted = model.clone()
+    counted.model_options["transformer_options"]["optimized_attention_override"] = count
+    calls, _ = calls_of(counted, family, family.conditioning(1))
+    assert len(calls) == family.calls and len(raw) == family.calls + sum(family.others.values())
+    assert [call.layer.path for call in calls] == list(attention_layers(model))
+    for call in calls:
+        assert call.grid == family.grid
+        frames, height, width = family.grid
+        tokens = frames * height * width
+        assert [row.prompt for row in call.rows] == [1, 0]
+        if call.kind == "cross":
+            assert call.query.shape[2] == tokens and call.rows[0].key_frames == ()
+            continue
+        assert call.of_clip(call.key).shape[::2] == (2 * frames, height * width)
+        assert call.extra(call.key).shape[2] == call.key.shape[2] - tokens
+        assert call.rows[0].frames == call.rows[0].key_frames == tuple(range(frames))
+
+
+def test_the_clips_tokens_are_the_clips(family, model):
+    """A change of the prompt changes the other tokens of the first layer only, one of a frame that frame's most."""
+    first = next(iter(attention_layers(model)))
+
+    def keys(**changes):
+        calls, _ = calls_of(model, family, cfg=1.0, **changes)
+        call = next(c for c in calls if c.layer.path == first)
+        return call.of_clip(call.key), call.extra(call.key)
+
+    of_clip, other = keys()
+    with_prompt = keys(positive=family.conditioning(5))
+    torch.testing.assert_close(with_prompt[0], of_clip, rtol=0, atol=1e-5)
+    assert other.shape[2] == 0 or (with_prompt[1] - other).abs().max() > 1e-2
+    changed = family.clip()
+    per_token = family.shape[2] // family.grid[0]
+    changed[:, :, -per_token:] += 1.0
+    moved = (keys(clip=changed)[0] - of_clip).abs().amax((1, 2, 3))
+    assert moved[-1] > 1e-2 and moved[:-1].max() <= 1e-5
+
+
+def test_query_key_and_value_are_what_attention_gets(family, model):
+    """Attention written out from them gives the same prediction: they are past norms and rotation."""
+
+    def own(call):
+        logits = call.query.double() @ call.key.double().mT * call.scale
+        logits = logits if call.mask is None else logits + call.mask.double()
+        return (logits.softmax(-1) @ call.value.double()).to(call.query)
+
+    replaced = AttentionTap(model, [own]).install(model.model_options)
+    assert support.relative(predicted(model, family, options=replaced), predicted(model, family)) <= 1e-5
+
+
+def test_others_are_called_no_less_than_without_us(family, model):
+    """A foreign override and a foreign wrapper; rows that regions leave alone may be a call of their own."""
+    seen = {"override": 0, "wrapper": 0}
+
+    def override(func, *args, **kwargs):
+        seen["override"] += 1
+        return func(*args, **kwargs)
+
+    def wrapper(executor, *args, **kwargs):
+        seen["wrapper"] += 1
+        return executor(*args, **kwargs)
+
+    foreign = model.clone()
+    foreign.model_options["transformer_options"]["optimized_attention_override"] = override
+    foreign.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "foreign", wrapper)
+    predicted(foreign, family)
+    alone = dict(seen)
+    seen.update(override=0, wrapper=0)
+    patched = patch_regions(foreign, RegionModulation(halves(family), end=1.0))
+    predicted(patched, family)
+    assert seen["wrapper"] == alone["wrapper"] and seen["override"] >= alone["override"] >= family.calls
+
+
+# --- gradients ----------------------------------------------------------
+
+
+def gradient(model, family, clip, *, low_memory=False, held=None, source_seed=7):
+    """(loss, gradient) of the matching loss of the family's own layers and of the keys, at the middle of denoising."""
+    recorder_blocks = str_blocks(model)
+
+    def at(guider, x, sigma, extra_args):
+        base, cond, options = guider.inner_model, guider.conds["positive"][0], extra_args["model_options"]
+        given = FeatureRecorder(recorder_blocks)
+        predict(
+            base, family.clip(source_seed), sigma * x.new_ones(len(x)), cond,
+            AttentionTap(model, [given], differentiable=True).install(options),
+        )  # fmt: skip
+        source = {path: f.map(normal_tensor) for path, f in given.features.items()}
+        recorder = FeatureRecorder(recorder_blocks)
+        tap = AttentionTap(model, [recorder], differentiable=True)
+
+        def loss(denoised):
+            matched = sum(matching_loss(f, recorder.features[path]) for path, f in source.items())
+            return matched + torch.tanh(denoised).double().square().mean()
+
+        blocks = checkpointed(base.diffusion_model, family_of(model), tap, recorder)
+        given = dict(model_options=tap.install(options), mutates=family_of(model).mutates)
+        if not low_memory:
+            return latent_gradient(base, x, sigma, cond, loss, **given)
+        with blocks:
+            return latent_gradient(base, x, sigma, cond, loss, **given)
+
+    guider = support.guider_of(model, family.conditioning())
+    return support.at_one_sigma(guider, clip, at, sigma_at(model, MIDDLE))
+
+
+def str_blocks(model):
+    names = {layer.block for layer in attention_layers(model).values()}
+    return frozenset(names)
+
+
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_gradients_are_those_of_finite_differences(family, model, low_memory):
+    before = support.Untouched(model)
+    clip = family.clip()
+    _, found = gradient(model, family, clip, low_memory=low_memory)
+    direction = found / found.norm()
+
+    def slope(h):
+        ahead, behind = (gradient(model, family, clip + step * direction)[0] for step in (h, -h))
+        return float(ahead - behind) / (2 * h)
+
+    expected = (4 * slope(0.05) - slope(0.1)) / 3
+    assert abs(expected / float(found.norm()) - 1) <= 1e-3
+    assert before.changed() == []
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn], ids=str)
+def test_gradients_with_smaller_weights_point_the_same_way(family, model, dtype):
+    small = family.model(dtype=dtype)
+    exact, rough = (gradient(m, family, family.clip())[1].flatten().double() for m in (model, small))
+    assert torch.cosine_similarity(exact, rough, 0) > 0.99 if dtype is torch.bfloat16 else 0.9
+    assert not torch.equal(exact, rough)
+
+
+# --- the methods --------------------------------------------------------
+
+
+def sigmas_of(model, steps):
+    return comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", steps)
+
+
+@pytest.fixture(scope="module")
+def inverted(family, model):
+    """A trajectory of 16 steps, of a clip that is not pure noise to the model."""
+    with torch.inference_mode():
+        return invert(model, family.conditioning(), 0.5 * family.clip(), sigmas_of(model, 16), refinements=6)
+
+
+def sampled(model, family, trajectory, before_step=(), *, positive=None, cfg=2.0):
+    negative = family.conditioning(2)
+    guider = support.guider_of(model, positive or family.conditioning(1), negative if cfg != 1 else None, cfg)
+    empty = torch.zeros(trajectory.shape)
+    sampler = TrajectorySampler(trajectory, before_step=before_step)
+    return guider.sample(empty, empty, sampler, trajectory.sigmas, disable_pbar=True, seed=0)
+
+
+def test_an_inverted_clip_comes_back(family, model, inverted):
+    assert inverted.latents.isfinite().all()
+    back = sampled(model, family, inverted, positive=family.conditioning(), cfg=1.0)
+    assert support.relative(back, 0.5 * family.clip()) < 0.03
+
+
+def test_matching_brings_the_relevance_closer_and_is_neutral_at_zero(family, model, inverted):
+    before = support.Untouched(model)
+    score = str_score_of(inverted)
+
+    def with_strength(strength):
+        matching = RelevanceMatching(score, strength)
+        sampler = TrajectorySampler(inverted, before_step=[matching])
+        guider = support.guider_of(model, family.conditioning(1), family.conditioning(2), 2.0)
+        empty = torch.zeros(inverted.shape)
+        out = guider.sample(empty, empty, sampler, inverted.sigmas, disable_pbar=True, seed=0)
+        records = sampler.records_of(out)
+        return out, None if records is None else [r.cosines[0] for r in records]
+
+    plain = sampled(model, family, inverted)
+    assert torch.equal(with_strength(0.0)[0], plain)
+    weak, strong = with_strength(1e-6)[1], with_strength(0.002)[1]
+    assert all(torch.isfinite(torch.tensor(strong))) and len(strong) == 16
+    assert sum(strong[1:]) > sum(weak[1:])
+    assert before.changed() == []
+
+
+def test_regions_act_and_are_neutral_at_zero(family, model):
+    before = support.Untouched(model)
+    positive, negative = family.conditioning(), family.conditioning(1)
+    plain = predicted(model, family, positive, negative=negative)
+    layout = halves(family)
+    for options in ({"self_strength": 0.0, "cross_strength": 0.0}, {"start": 0.9, "end": 1.0}):
+        neutral = patch_regions(model, RegionModulation(layout, **options))
+        assert torch.equal(predicted(neutral, family, positive, negative=negative), plain)
+    patched = patch_regions(model, RegionModulation(layout, end=1.0))
+    assert not torch.equal(predicted(patched, family, positive, negative=negative), plain)
+    assert before.changed() == []
+
+
+def test_dds_moves_the_clip_and_stays_for_equal_prompts(family, model):
+    before = support.Untouched(model)
+    clip = 0.5 * family.clip()
+    weights = {SPATIAL: 0.3, TEMPORAL: 0.1}
+    for low_memory in (False, True):
+        settings = Distillation(steps=3, weights=weights, blocks=key_blocks(model), low_memory=low_memory)
+        arguments = (family.conditioning(), family.conditioning(1), family.conditioning(2), clip, settings)
+        moved, curve = optimise(model, *arguments, seed=0)
+        assert moved.isfinite().all() and support.relative(moved, clip) > 1e-4 and len(curve) == 3
+    same = family.conditioning(), family.conditioning(), family.conditioning(2), clip, settings
+    torch.testing.assert_close(optimise(model, *same, seed=0)[0], clip, rtol=0, atol=1e-4)
+    assert before.changed() == []
+
+
+# --- conditionings ------------------------------------------------------
+
+
+def test_prompts_of_other_lengths_and_split_batches_agree(family, model):
+    """The regions of the positive prompt act on it whether it runs beside the negative one or by itself."""
+    patched = patch_regions(model, RegionModulation(halves(family), end=1.0))
+    positive = family.conditioning()
+    together = predicted(patched, family, positive, negative=family.conditioning(1))
+    rows = []
+    tap = AttentionTap(patched, [lambda call: rows.append(len(call.rows))])
+    options = tap.install(patched.model_options)
+    batched = predicted(patched, family, positive, negative=family.conditioning(1), options=options)
+    assert torch.equal(batched, together)
+    apart = [
+        predicted(patched, family, positive, cfg=1.0),
+        predicted(model, family, family.conditioning(1), cfg=1.0),
+    ]
+    by_hand = apart[1] + 2.0 * (apart[0] - apart[1])
+    if "joint" in {layer.kind for layer in attention_layers(model).values()}:  # the negative prompt has no regions
+        torch.testing.assert_close(together, by_hand, rtol=1e-4, atol=1e-4)
+    longer = predicted(patched, family, positive, negative=family.conditioning(1, words=2 * WORDS))
+    assert longer.isfinite().all()
+
+
+# --- LoRA ---------------------------------------------------------------
+
+
+def test_a_lora_before_or_after_the_patch_is_the_same(family, model):
+    weight_name = next(
+        name for name, w in model.model.diffusion_model.named_parameters() if w.ndim == 2 and "blocks" in name
+    )
+    weight = model.model.diffusion_model.get_parameter(weight_name)
+    key = f"diffusion_model.{weight_name}"
+    patch = {key: ("diff", (0.1 * torch.randn(weight.shape),))}
+
+    def with_lora(m):
+        m = m.clone()
+        m.add_patches(patch, 1.0)
+        return m
+
+    modulation = RegionModulation(halves(family), end=1.0)
+    after, before = with_lora(patch_regions(model, modulation)), patch_regions(with_lora(model), modulation)
+    a, b = predicted(after, family), predicted(before, family)
+    assert torch.equal(a, b)
+    assert support.relative(a, predicted(patch_regions(model, modulation), family)) > 1e-4
