@@ -17,6 +17,7 @@ from torch.nn import Module
 
 from ..core.inflation import Inflation
 from ..core.parametrization import noise_fraction
+from .animatediff import bridged
 from .families import IN_SPACE, Ends, Kind, Layer, attention_layers, family_of, patch_size
 
 KEY = "spacetime_edit_tap"
@@ -266,17 +267,17 @@ class AttentionTap:
         itself, whose forward is then called by hand."""
         before = self._run, self._stack
         handles, token = [], _running.set((*_running.get(), (self, run)))
+        paths = [path for path in self._layers if not block or path.startswith(f"{block}.")]
+        modules = {path: run.network.get_submodule(path) for path in paths}
         try:
-            for path, layer in self._layers.items():
-                if block and not path.startswith(f"{block}."):
-                    continue
-                enter = lambda *_, layer=layer: self._stack.append(layer)  # noqa: E731
+            for path, module in modules.items():
+                enter = lambda *_, layer=self._layers[path]: self._stack.append(layer)  # noqa: E731
                 leave = lambda *_: (self._stack.pop(), None)[1]  # noqa: E731
-                module = run.network.get_submodule(path)
                 handles.append(module.register_forward_pre_hook(enter))
                 handles.append(module.register_forward_hook(leave, always_call=True))
             self._run, self._stack = run, [self._layers[block]] if block in self._layers else []
-            yield
+            with bridged(modules.values(), self._attention):
+                yield
         finally:
             _running.reset(token)
             self._run, self._stack = before

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from .attention_tap import AttentionTap, EnoughSeen, running_taps
 from .families import Family
 from .features import FeatureRecorder
+from .gradients import NormalTensors
 
 
 @contextlib.contextmanager
@@ -120,7 +121,7 @@ class _Checkpoint(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *flow: Tensor | None):
-        with torch.enable_grad():
+        with torch.enable_grad(), NormalTensors():  # the mode of the forward pass does not reach into a backward pass
             inputs = [t.detach().requires_grad_() for t in ctx.saved_tensors]
             outputs = ctx.block.again(inputs)
         pairs = [(o, g) for o, g in zip(outputs, flow, strict=True) if g is not None and o.requires_grad]

@@ -2,7 +2,8 @@
 
 A row names the attention modules of the host's diffusion model by path. The first group of each pattern is the
 side of the network, the following groups number the layer within it. Layers get the names that U-Net packs use:
-d0, d1, ... down, m0 middle, u0, u1, ... up, counted over the layers that hold spatial attention.
+d0, d1, ... down, m0 middle, u0, u1, ... up, counted over the layers that hold spatial attention; b0, b1, ... in
+transformers; t0, t1, ... for temporal attention where there is no spatial one.
 """
 
 import re
@@ -51,12 +52,21 @@ class Family:
     frame_rule: tuple[int, int] = (1, 0)
     patched: Ends | None = None
     score_blocks: str = ""
+    injected: tuple[str, str] | None = None
 
 
 LEVEL = r"(down|mid|up)_blocks?\.(?:(\d+)\.)?"
 TRANSFORMER = LEVEL + r"attentions\.(\d+)\.transformer_blocks\.(\d+)\."
 OVER_TIME = LEVEL + r"temp_attentions\.(\d+)\.transformer_blocks\.(\d+)\."
 """How paths begin in diffusers' U-Nets."""
+OF_SD = r"(input|middle|output)_blocks?\.(?:(\d+)\.)?"
+"""How they begin in Stability AI's."""
+SD_BLOCKS = {
+    "blocks": r"(?:input|output)_blocks\.\d+\.\d+|middle_block\.\d+",
+    "norms": r"(?:(?:input|output)_blocks\.\d+\.\d+|middle_block\.\d+)\.(?:in|out)_layers\.0|out\.0",
+    "mutates": True,
+    "downsamplers": r"input_blocks\.\d+\.0\.op",
+}
 
 FAMILIES = (
     Family(
@@ -99,17 +109,36 @@ FAMILIES = (
         downsamplers=r"down_blocks\.\d+\.downsamplers\.\d+",
     ),
     Family(
+        name="AnimateDiff on SD 1.5",
+        base_model=("BaseModel",),
+        diffusion_model="UNetModel",
+        attention=(
+            ("spatial", OF_SD + r"\d+\.transformer_blocks\.\d+\.attn1"),
+            ("cross", OF_SD + r"\d+\.transformer_blocks\.\d+\.attn2"),
+            ("temporal", OF_SD + r"\d+\.temporal_transformer\.transformer_blocks\.\d+\.attention_blocks\.\d+"),
+        ),
+        injected=("ADE", OF_SD + r"\d+\.temporal_transformer"),
+        **SD_BLOCKS,
+    ),
+    Family(
         name="SD 1.5",
         base_model=("BaseModel",),
         diffusion_model="UNetModel",
         attention=(
-            ("spatial", r"(input|middle|output)_blocks?\.(?:(\d+)\.)?(\d+)\.transformer_blocks\.(\d+)\.attn1"),
-            ("cross", r"(input|middle|output)_blocks?\.(?:(\d+)\.)?(\d+)\.transformer_blocks\.(\d+)\.attn2"),
+            ("spatial", OF_SD + r"\d+\.transformer_blocks\.\d+\.attn1"),
+            ("cross", OF_SD + r"\d+\.transformer_blocks\.\d+\.attn2"),
         ),
-        blocks=r"(?:input|output)_blocks\.\d+\.\d+|middle_block\.\d+",
-        norms=r"(?:(?:input|output)_blocks\.\d+\.\d+|middle_block\.\d+)\.(?:in|out)_layers\.0|out\.0",
-        mutates=True,
-        downsamplers=r"input_blocks\.\d+\.0\.op",
+        **SD_BLOCKS,
+    ),
+    Family(
+        name="Stable Video Diffusion",
+        base_model=("SVD_img2vid",),
+        diffusion_model="UNetModel",
+        attention=(
+            ("spatial", OF_SD + r"\d+\.transformer_blocks\.\d+\.attn1"),
+            ("temporal", OF_SD + r"\d+\.time_stack\.\d+\.attn1"),
+        ),
+        **SD_BLOCKS,
     ),
     Family(
         name="CogVideoX",
@@ -148,18 +177,11 @@ def family_of(model) -> Family:
     """The row of a ModelPatcher's diffusion model; ValueError for a model that no row describes."""
     names = type(model.model).__name__, type(model.model.diffusion_model).__name__
     for family in FAMILIES:
-        if names[0] in family.base_model and names[1] == family.diffusion_model:
+        fits = names[0] in family.base_model and names[1] == family.diffusion_model
+        if fits and (family.injected is None or family.injected[0] in model.injections):
             return family
     known = ", ".join(f.name for f in FAMILIES)
     raise ValueError(f"model: {names[0]} with {names[1]} is not a supported model family; expected one of: {known}")
-
-
-_layers: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # by network: every step asks, and a walk takes time
-
-
-def patch_of(model) -> tuple[int, int, int] | None:
-    """Latent frames, rows and columns that one token of a ModelPatcher's transformer holds; None for a U-Net."""
-    return patch_size(model.model.diffusion_model) if family_of(model).patched else None
 
 
 def patch_size(network: Module) -> tuple[int, int, int]:
@@ -170,12 +192,29 @@ def patch_size(network: Module) -> tuple[int, int, int]:
     return getattr(network, "patch_size_t", None) or getattr(network, "patch_temporal", 1), size, size
 
 
+_layers: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # by network: every step asks, and a walk takes time
+
+
 def attention_layers(model) -> Mapping[str, Layer]:
     """All attention modules of a ModelPatcher by path, in the order of the network's modules."""
     family, network = family_of(model), model.model.diffusion_model
+    if family.injected is not None:
+        return _with_guests(family, model)
     if network not in _layers:
         _layers[network] = MappingProxyType(_find_layers(family, network))
     return _layers[network]
+
+
+def _with_guests(family: Family, model) -> Mapping[str, Layer]:
+    """The same of a network that hosts another pack's modules while it runs: they come in for a look."""
+    network = model.model.diffusion_model
+    if any(re.fullmatch(family.injected[1], path) for path, _ in network.named_modules()):
+        return MappingProxyType(_find_layers(family, network))
+    model.inject_model()
+    try:
+        return MappingProxyType(_find_layers(family, network))
+    finally:
+        model.eject_model()
 
 
 def _find_layers(family: Family, network: Module) -> dict[str, Layer]:
@@ -185,10 +224,14 @@ def _find_layers(family: Family, network: Module) -> dict[str, Layer]:
             if match := re.fullmatch(pattern, path):
                 side, *numbers = match.groups()
                 found.append((path, kind, SIDES[side], tuple(int(n or 0) for n in numbers)))
-    places: dict[str, list] = {}
+    in_space = {(side, numbers) for _, kind, side, numbers in found if kind in IN_SPACE}
+    names: dict[tuple, str] = {}
+    counts: dict[str, int] = {}
     for place in sorted({(side, numbers) for _, _, side, numbers in found}):
-        places.setdefault(place[0], []).append(place[1])
-    return {p: Layer(p, kind, f"{side}{places[side].index(n)}") for p, kind, side, n in found}
+        letter = place[0] if place in in_space or place[0] == SIDES["transformer_in"] else "t"
+        names[place] = f"{letter}{counts.setdefault(letter, 0)}"
+        counts[letter] += 1
+    return {path: Layer(path, kind, names[side, numbers]) for path, kind, side, numbers in found}
 
 
 def parse_blocks(selection: str) -> dict[str, set[str]]:

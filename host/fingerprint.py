@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ import torch
 from comfy.quant_ops import QuantizedTensor
 from torch import Tensor
 
-from .families import noise_space
+from .families import NEVER, family_of, noise_space
 from .inflation import inflation_of
 
 WEIGHT_SAMPLES = 16
@@ -106,7 +107,9 @@ def weight_samples(model) -> tuple[tuple[float, float], ...]:
     a step is an eighth of the value, at least 0.002: a light fine-tune kept in fp8 passes for the original. Vectors are
     left out: they differ little between fine-tunes, and copies in fp8 have scales of their own among them.
     """
-    matrices = {n: p for n, p in model.model.diffusion_model.named_parameters() if p.ndim >= 2}
+    family, network = family_of(model), model.model.diffusion_model
+    guests = re.compile(f"(?:{family.injected[1]}).*" if family.injected else NEVER)  # they come and go
+    matrices = {n: p for n, p in network.named_parameters() if p.ndim >= 2 and not guests.fullmatch(n)}
     names = sorted(matrices)
     chosen = (names[k * (len(names) - 1) // (WEIGHT_SAMPLES - 1)] for k in range(WEIGHT_SAMPLES))
     return tuple(_sample(_original(model, f"diffusion_model.{name}", matrices[name])) for name in chosen)

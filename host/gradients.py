@@ -36,7 +36,7 @@ def differentiable(base_model, *, mutates: bool = False):
         _plain_kernels(),
         torch.autograd.graph.allow_mutation_on_saved_tensors() if mutates else contextlib.nullcontext(),
         _weight_free_layers(base_model.diffusion_model),
-        _NormalTensors(),
+        NormalTensors(),
     ):
         management.in_training = True
         try:
@@ -114,7 +114,7 @@ def _normal_cond(cond: dict) -> dict:
     return copy
 
 
-class _NormalTensors(TorchFunctionMode):
+class NormalTensors(TorchFunctionMode):
     """Clones tensors born under inference mode as they enter an operation that records a graph.
 
     What an operation writes into (`add_`, `out=`) is left alone: a clone would swallow the result without an error.

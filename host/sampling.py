@@ -90,8 +90,13 @@ class Run:
 
     @cached_property
     def source_options(self) -> dict:
-        """Options of source passes: those of the model that was inverted."""
-        return _source_options(self.trajectory.model, self.model_options["transformer_options"]["sample_sigmas"])
+        """Options of source passes: those of the model that was inverted, and what was put in for this run alone.
+
+        Among that are the sigmas, and what another pack's wrapper of the whole sampling keeps for its own calls.
+        """
+        given, own = self.model_options["transformer_options"], self.guider.model_patcher.model_options
+        of_run = {name: value for name, value in given.items() if name not in own.get("transformer_options", {})}
+        return _source_options(self.trajectory.model, of_run)
 
     @cached_property
     def renoise(self) -> Tensor:
@@ -379,13 +384,17 @@ def _check_guider(guider, trajectory: Trajectory) -> None:
         )
 
 
-def _source_options(model, sample_sigmas: Tensor) -> dict:
-    """The options of a ModelPatcher as the host would hand them to a sampler, marked as a run on the source."""
+def _source_options(model, of_run: dict) -> dict:
+    """The options of a ModelPatcher as the host would hand them to a sampler, marked as a run on the source.
+
+    of_run: transformer_options of this run, for whatever the model itself does not say.
+    """
     options = create_model_options_clone(model.model_options)
     inner = options.setdefault("transformer_options", {})
     for name in ("wrappers", "callbacks"):
         inner[name] = merge_nested_dicts(inner.get(name, {}), getattr(model, name))
-    inner["sample_sigmas"] = sample_sigmas
+    for name, value in of_run.items():
+        inner.setdefault(name, value)
     inner[SOURCE_RUN] = True
     return options
 

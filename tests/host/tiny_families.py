@@ -6,13 +6,21 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import comfy.model_management as management
+import comfy.model_patcher
 import comfy.ops
 import comfy.sd
+import comfy.supported_models
 import torch
 from comfy.ldm.cogvideo.model import CogVideoXTransformer3DModel
+from spacetime_edit.tests.host import animatediff_standin, support
 
 OPS = comfy.ops.disable_weight_init
 WORDS = 7
+QUIET = re.compile(r"out\.2\.|conv_out")
+"""Output layers of U-Nets, whose noise predictions would else be too rough to invert."""
+LOOKS = re.compile(r"\.attn[12]\.to_[qk]\.weight")
+"""Queries and keys that no norm follows."""
 SHARP = re.compile(r"norm_[qk]\b|[qk]_norm\b")
 """Norms of queries and keys: their scale is how far attention tells tokens apart."""
 
@@ -21,8 +29,9 @@ SHARP = re.compile(r"norm_[qk]\b|[qk]_norm\b")
 class TinyFamily:
     """weights: a checkpoint's state dict; load: it as a ModelPatcher, options being the host's model_options.
 
-    shape: of a latent; grid: of its tokens; context: width of prompts; extra: what else a conditioning holds. calls:
-    attention calls of one pass that are ours, others: that are not, and why.
+    shape: of a latent; grid: of a transformer's tokens, of a U-Net's finest level; context: width of prompts; extra:
+    what else a conditioning holds. calls: attention calls of one pass that are ours, hidden: how many of them the
+    host's slot for attention does not see; others: that are not ours, and why.
     """
 
     name: str
@@ -34,12 +43,20 @@ class TinyFamily:
     load: Callable = lambda weights, **options: comfy.sd.load_diffusion_model_state_dict(weights, options)
     extra: dict = field(default_factory=dict)
     others: dict[str, int] = field(default_factory=dict)
+    hidden: int = 0
+    words: int = WORDS
+    step: float = 0.002
+
+    @property
+    def patched(self) -> bool:
+        """Whether it is a transformer over space and time."""
+        return len(self.shape) == 5
 
     def model(self, **options):
-        return self.load(dict(self.weights()), **options)
+        return self.load(self.weights(), **options)
 
-    def conditioning(self, seed: int = 0, words: int = WORDS) -> list:
-        noise = torch.randn(1, words, self.context, generator=torch.Generator().manual_seed(seed))
+    def conditioning(self, seed: int = 0, words: int | None = None) -> list:
+        noise = torch.randn(1, words or self.words, self.context, generator=torch.Generator().manual_seed(seed))
         return [[noise, dict(self.extra)]]
 
     def clip(self, seed: int = 0) -> torch.Tensor:
@@ -61,11 +78,75 @@ def smooth(net, sharpness: float = 2.0) -> dict:
         elif weight.ndim == 1 and name.endswith("weight"):
             weights[name] = torch.full(weight.shape, sharpness if SHARP.search(name) else 1.0, dtype=weight.dtype)
         else:
-            weights[name] = 0.05 * torch.randn(weight.shape, generator=generator, dtype=weight.dtype)
+            noise = torch.randn(weight.shape, generator=generator)
+            size = 0.0005 if QUIET.match(name) else 0.2 if LOOKS.search(name) else 0.05
+            weights[name] = (size * noise).to(weight.dtype)
     return weights
 
 
+SVD = dict(
+    image_size=32,
+    in_channels=8,
+    out_channels=4,
+    model_channels=64,
+    num_res_blocks=[1, 1],
+    channel_mult=[1, 1],
+    use_spatial_transformer=True,
+    context_dim=16,
+    transformer_depth=[1, 1],
+    transformer_depth_output=[1, 1, 1, 1],
+    transformer_depth_middle=1,
+    use_linear_in_transformer=True,
+    num_classes="sequential",
+    adm_in_channels=768,
+    extra_ff_mix_layer=True,
+    use_spatial_context=True,
+    merge_strategy="learned_with_images",
+    merge_factor=0.0,
+    video_kernel_size=[3, 1, 1],
+    use_temporal_resblock=True,
+    use_temporal_attention=True,
+    disable_temporal_crossattention=False,
+    legacy=False,
+)
+
+
+def by_hand(kind, config: dict):
+    """How to load weights into a host's model that its own loader would not recognise at this size."""
+
+    def load(weights, dtype=torch.float32):
+        settings = kind(config)
+        settings.set_inference_dtype(dtype, torch.float32 if dtype.itemsize < 4 else None)
+        model = settings.get_model({}, "")
+        model.diffusion_model.load_state_dict(smooth(model.diffusion_model))
+        devices = management.get_torch_device(), management.unet_offload_device()
+        return comfy.model_patcher.CoreModelPatcher(model, *devices)
+
+    return load
+
+
+def animatediff(weights, dtype=torch.float32):
+    model = by_hand(comfy.supported_models.SD15, support.SD15)(weights, dtype)
+    return animatediff_standin.with_motion(model, heads=4, channels=(32, 64))
+
+
+PICTURE = {"concat_latent_image": torch.full((1, 4, 8, 8), 0.3)}
+
 FAMILIES = (
+    TinyFamily("AnimateDiff", dict, (3, 4, 8, 8), (3, 8, 8), 16, 28, animatediff, hidden=14, step=3e-5),
+    TinyFamily(
+        name="Stable Video Diffusion",
+        weights=dict,
+        shape=(3, 4, 8, 8),
+        grid=(3, 8, 8),
+        context=16,
+        calls=14,
+        load=by_hand(comfy.supported_models.SVD_img2vid, SVD),
+        extra=PICTURE,
+        words=1,
+        step=3e-5,
+        others={"attention to the picture, over space": 7, "and over time": 7},
+    ),
     TinyFamily("CogVideoX 1.0", _cogvideox, (1, 16, 3, 8, 8), (3, 4, 4), 32, 2),
     TinyFamily("CogVideoX 1.5", lambda: _cogvideox(patch_size_t=2), (1, 16, 4, 8, 10), (2, 4, 5), 32, 2),
 )

@@ -1,4 +1,4 @@
-"""The three methods on each video transformer that the host loads: tiny models of its own classes, random weights."""
+"""The three methods on each family that the host loads: tiny models of its own classes, with random weights."""
 
 import comfy.lora
 import comfy.samplers
@@ -19,7 +19,7 @@ from spacetime_edit.host.region_prompt import Layout
 from spacetime_edit.host.relevance_matching import RelevanceMatching, str_score_of
 from spacetime_edit.host.sampling import TrajectorySampler, invert
 from spacetime_edit.tests.host import support
-from spacetime_edit.tests.host.tiny_families import BY_NAME, WORDS
+from spacetime_edit.tests.host.tiny_families import BY_NAME
 
 MIDDLE = 0.5  # of the denoising
 
@@ -29,10 +29,22 @@ def family(request):
     return BY_NAME[request.param]
 
 
+@pytest.fixture
+def transformer(family):
+    if not family.patched:
+        pytest.skip("of models whose tokens are patches of space and time")
+
+
 @pytest.fixture(scope="module")
 def model(family):
     with torch.inference_mode():
         return family.model()
+
+
+def watched(model, family):
+    """What a run must leave alone. The model has just run, so that another pack's modules are in it."""
+    predicted(model, family)
+    return support.Untouched(model)
 
 
 def sigma_at(model, percent):
@@ -58,7 +70,8 @@ def halves(family):
     frames, height, width = family.grid
     left = torch.zeros(1, 4 * height, 4 * width)
     left[..., : 2 * width] = 1
-    return Layout("a prompt", (Region("a", left), Region("b", 1 - left)), ((1, 2), (4,)), WORDS)
+    places = ((1, 2), (4,)) if family.words > 1 else ((), ())
+    return Layout("a prompt", (Region("a", left), Region("b", 1 - left)), places, family.words)
 
 
 # --- what the tap sees --------------------------------------------------
@@ -75,9 +88,15 @@ def test_every_attention_is_classified(family, model):
     counted = model.clone()
     counted.model_options["transformer_options"]["optimized_attention_override"] = count
     calls, _ = calls_of(counted, family, family.conditioning(1))
-    assert len(calls) == family.calls and len(raw) == family.calls + sum(family.others.values())
-    assert [call.layer.path for call in calls] == list(attention_layers(model))
+    assert len(calls) == family.calls and len(raw) == family.calls - family.hidden + sum(family.others.values())
+    assert sorted(call.layer.path for call in calls) == sorted(attention_layers(model))
     for call in calls:
+        assert call.grid[0] == family.grid[0] and [row.prompt for row in call.rows] == sorted(
+            (row.prompt for row in call.rows), reverse=True
+        )
+        assert len(call.rows) == call.query.shape[0]
+        if not family.patched:
+            continue
         assert call.grid == family.grid
         frames, height, width = family.grid
         tokens = frames * height * width
@@ -90,7 +109,7 @@ def test_every_attention_is_classified(family, model):
         assert call.rows[0].frames == call.rows[0].key_frames == tuple(range(frames))
 
 
-def test_the_clips_tokens_are_the_clips(family, model):
+def test_the_clips_tokens_are_the_clips(family, model, transformer):
     """A change of the prompt changes the other tokens of the first layer only, one of a frame that frame's most."""
     first = next(iter(attention_layers(model)))
 
@@ -142,7 +161,8 @@ def test_others_are_called_no_less_than_without_us(family, model):
     seen.update(override=0, wrapper=0)
     patched = patch_regions(foreign, RegionModulation(halves(family), end=1.0))
     predicted(patched, family)
-    assert seen["wrapper"] == alone["wrapper"] and seen["override"] >= alone["override"] >= family.calls
+    assert seen["wrapper"] == alone["wrapper"] and seen["override"] >= alone["override"]
+    assert alone["override"] >= family.calls - family.hidden
 
 
 # --- gradients ----------------------------------------------------------
@@ -185,7 +205,7 @@ def str_blocks(model):
 
 @pytest.mark.parametrize("low_memory", [False, True])
 def test_gradients_are_those_of_finite_differences(family, model, low_memory):
-    before = support.Untouched(model)
+    before = watched(model, family)
     clip = family.clip()
     _, found = gradient(model, family, clip, low_memory=low_memory)
     direction = found / found.norm()
@@ -203,7 +223,7 @@ def test_gradients_are_those_of_finite_differences(family, model, low_memory):
 def test_gradients_with_smaller_weights_point_the_same_way(family, model, dtype):
     small = family.model(dtype=dtype)
     exact, rough = (gradient(m, family, family.clip())[1].flatten().double() for m in (model, small))
-    assert torch.cosine_similarity(exact, rough, 0) > 0.99 if dtype is torch.bfloat16 else 0.9
+    assert torch.cosine_similarity(exact, rough, 0) > (0.99 if dtype is torch.bfloat16 else 0.9)
     assert not torch.equal(exact, rough)
 
 
@@ -236,7 +256,7 @@ def test_an_inverted_clip_comes_back(family, model, inverted):
 
 
 def test_matching_brings_the_relevance_closer_and_is_neutral_at_zero(family, model, inverted):
-    before = support.Untouched(model)
+    before = watched(model, family)
     score = str_score_of(inverted)
 
     def with_strength(strength):
@@ -250,14 +270,14 @@ def test_matching_brings_the_relevance_closer_and_is_neutral_at_zero(family, mod
 
     plain = sampled(model, family, inverted)
     assert torch.equal(with_strength(0.0)[0], plain)
-    weak, strong = with_strength(1e-6)[1], with_strength(0.002)[1]
+    weak, strong = with_strength(1e-9)[1], with_strength(family.step)[1]
     assert all(torch.isfinite(torch.tensor(strong))) and len(strong) == 16
     assert sum(strong[1:]) > sum(weak[1:])
     assert before.changed() == []
 
 
 def test_regions_act_and_are_neutral_at_zero(family, model):
-    before = support.Untouched(model)
+    before = watched(model, family)
     positive, negative = family.conditioning(), family.conditioning(1)
     plain = predicted(model, family, positive, negative=negative)
     layout = halves(family)
@@ -270,7 +290,7 @@ def test_regions_act_and_are_neutral_at_zero(family, model):
 
 
 def test_dds_moves_the_clip_and_stays_for_equal_prompts(family, model):
-    before = support.Untouched(model)
+    before = watched(model, family)
     clip = 0.5 * family.clip()
     weights = {SPATIAL: 0.3, TEMPORAL: 0.1}
     for low_memory in (False, True):
@@ -303,7 +323,7 @@ def test_prompts_of_other_lengths_and_split_batches_agree(family, model):
     by_hand = apart[1] + 2.0 * (apart[0] - apart[1])
     if "joint" in {layer.kind for layer in attention_layers(model).values()}:  # the negative prompt has no regions
         torch.testing.assert_close(together, by_hand, rtol=1e-4, atol=1e-4)
-    longer = predicted(patched, family, positive, negative=family.conditioning(1, words=2 * WORDS))
+    longer = predicted(patched, family, positive, negative=family.conditioning(1, words=2 * family.words))
     assert longer.isfinite().all()
 
 
@@ -316,7 +336,7 @@ def test_a_lora_before_or_after_the_patch_is_the_same(family, model):
     )
     weight = model.model.diffusion_model.get_parameter(weight_name)
     key = f"diffusion_model.{weight_name}"
-    patch = {key: ("diff", (0.1 * torch.randn(weight.shape),))}
+    patch = {key: ("diff", (torch.randn(weight.shape),))}
 
     def with_lora(m):
         m = m.clone()
@@ -327,4 +347,4 @@ def test_a_lora_before_or_after_the_patch_is_the_same(family, model):
     after, before = with_lora(patch_regions(model, modulation)), patch_regions(with_lora(model), modulation)
     a, b = predicted(after, family), predicted(before, family)
     assert torch.equal(a, b)
-    assert support.relative(a, predicted(patch_regions(model, modulation), family)) > 1e-4
+    assert not torch.equal(a, predicted(patch_regions(model, modulation), family))
