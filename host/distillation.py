@@ -21,6 +21,7 @@ from ..core.relevance import matching_loss
 from ..core.self_similarity import spatial_self_similarity_loss, temporal_self_similarity_loss
 from .attention_tap import AttentionCall, AttentionTap, Listener
 from .checkpointing import checkpointed
+from .conditioning import check_picture
 from .families import IN_SPACE, attention_layers, family_of, noise_space, select_blocks
 from .features import FeatureRecorder
 from .gradients import latent_gradients, normal_tensor, predict
@@ -396,6 +397,9 @@ def optimise(
     for name, cond in ((SOURCE_POSITIVE, source_positive), ("positive", positive), ("negative", negative)):
         if not cond:
             raise ValueError(f"{name}: it holds no prompt; connect a CLIP Text Encode")
+        check_picture(model, (about for _, about in cond), name)
+    if "multigpu_clones" in model.model_options:
+        raise ValueError("model: editing runs on one GPU; remove the multi-GPU node from this model")
     if settings.weights.get(RELEVANCE) and (lacking := lacks_for_relevance(model)):
         raise ValueError(
             f"relevance: {family_of(model).name} has no {lacking}, which the STR score is built from; set it to 0"

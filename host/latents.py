@@ -5,6 +5,7 @@ import math
 from torch import Tensor
 
 from ..core.masks import latent_mask
+from .families import family_of
 
 
 def frame_count(latent: Tensor) -> int:
@@ -20,12 +21,13 @@ def mask_like(mask: Tensor, latent: Tensor) -> Tensor:
 def grid_mask_of(mask: Tensor, latent: Tensor, model, dilation: float) -> Tensor:
     """`mask` (F, H, W) of any size, dilated by `dilation` pixels of the clip, on the grid of its latent: (F, h, w).
 
-    ValueError unless it has one frame or the latent's, and the dilation is a length.
+    ValueError unless it has one frame, the latent's or the clip's, and the dilation is a length.
     """
     if not (math.isfinite(dilation) and dilation >= 0):
         raise ValueError(f"dilation: it is {dilation}; expected a number of pixels of at least 0")
     cell = model.model.latent_format.spacial_downscale_ratio
-    return latent_mask(mask, frame_count(latent), *latent.shape[-2:], dilation=dilation, cell=cell)
+    together = family_of(model).frame_rule[0]
+    return latent_mask(mask, frame_count(latent), *latent.shape[-2:], dilation=dilation, cell=cell, together=together)
 
 
 def check_clip_latent(latent: Tensor, model) -> None:

@@ -30,6 +30,7 @@ from ..core.parametrization import (
     noise_fraction,
 )
 from ..core.trajectory import Trajectory
+from .conditioning import check_picture
 from .families import noise_space
 from .inflation import inflation_of
 from .latents import check_clip_latent, grid_mask_of, mask_like
@@ -224,6 +225,7 @@ class TrajectorySampler(comfy.samplers.Sampler):
                 f"latent_image: its shape {tuple(noise.shape)} is not the trajectory's {self.trajectory.shape}; "
                 f"connect the latent that Invert Video received"
             )
+        check_picture(guider.model_patcher, guider.conds["positive"], "positive")
         if denoise_mask is not None and self.grid is not None:
             raise ValueError(
                 "mask: the latent already carries a noise mask; connect the mask here or set it on the latent, not both"
@@ -316,6 +318,7 @@ def invert(model, positive, latent: Tensor, sigmas: Tensor, *, refinements: int 
     check_clip_latent(latent, model)
     if not positive:
         raise ValueError("positive: it holds no prompt; connect a CLIP Text Encode that describes the source clip")
+    check_picture(model, (settings for _, settings in positive), "positive")
     space = noise_space(model)
     if space is NoiseSpace.RF:
         sigmas = sigmas.clamp(max=RF_SIGMA_MAX)

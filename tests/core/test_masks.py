@@ -39,6 +39,18 @@ def test_a_wrong_number_of_frames_is_named():
         on_grid(torch.ones(2, *SOURCE))
 
 
+def test_masks_of_the_clips_frames_are_joined_as_the_latents_are():
+    """Latents of 4 n + 1 frames: the first latent frame holds one, each other four."""
+    many = torch.zeros(9, *SOURCE)
+    many[0, 0, 0] = many[4, 8, 8] = many[5, 16, 16] = 1
+    joined = latent_mask(many, FRAMES, HEIGHT, WIDTH, cell=CELL, together=4)
+    assert [tuple(place) for place in joined.nonzero().tolist()] == [(0, 0, 0), (1, 1, 1), (2, 2, 2)]
+    of_latent = torch.rand(FRAMES, *SOURCE)
+    assert torch.equal(latent_mask(of_latent, FRAMES, HEIGHT, WIDTH, cell=CELL, together=4), on_grid(of_latent))
+    with pytest.raises(ValueError, match="it has 8 frames, the latent 3, of which .* holds 4 .* 3 or 9"):
+        latent_mask(torch.ones(8, *SOURCE), FRAMES, HEIGHT, WIDTH, together=4)
+
+
 def test_values_outside_0_and_1_are_clamped():
     assert on_grid(torch.full((1, *SOURCE), 7.0)).max() == 1
     assert on_grid(torch.full((1, *SOURCE), -7.0)).min() == 0

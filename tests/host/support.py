@@ -124,7 +124,11 @@ LAVIE = {
 
 def lavie_weights(context=16):
     """Random weights under the names of the released lavie_base.pt, of a tiny network; context: width of prompts."""
-    weights = random_weights(lavie_model.build(LAVIE | {"cross_attention_dim": context}))
+    return released_lavie_names(random_weights(lavie_model.build(LAVIE | {"cross_attention_dim": context})))
+
+
+def released_lavie_names(weights):
+    """As in lavie_base.pt."""
     return {
         name.replace(".norm1.norm.", ".norm1.").replace(".norm2.norm.", ".norm2.").replace("out.norm.", "out."): w
         for name, w in weights.items()
@@ -142,14 +146,14 @@ def random_weights(net):
     return weights
 
 
-def unet3d_model(folder, **config):
+def unet3d_model(folder, make_weights=random_weights, weight_dtype="default", **config):
     """A ModelPatcher of the embedded model's layout with `config` changed in its UNet and random weights."""
     shutil.copytree(EMBEDDED_PATH, folder, dirs_exist_ok=True)
     path = folder / "unet" / "config.json"
     settings = json.loads(path.read_text()) | config
     path.write_text(json.dumps(settings))
-    save_file(random_weights(build(settings)), folder / "unet" / "diffusion_pytorch_model.safetensors")
-    return load_model(ModelFolder(folder))
+    save_file(make_weights(build(settings)), folder / "unet" / "diffusion_pytorch_model.safetensors")
+    return load_model(ModelFolder(folder), weight_dtype=weight_dtype)
 
 
 def sd15_conditioning(seed=0, tokens=7):
@@ -182,10 +186,11 @@ def at_one_sigma(guider, latent, function, sigma=2.0):
 
 
 def prediction(model, positive, latent, negative=None, cfg=2.0, sigma=2.0, options=None):
-    """The guider's prediction for `latent`; options: use these model options, not the model's."""
+    """The guider's prediction for `latent`; options: use these model options, or what this makes of the run's."""
 
     def predict(guider, x, sigma, extra_args):
-        given = extra_args if options is None else {**extra_args, "model_options": options}
+        own = options(extra_args["model_options"]) if callable(options) else options
+        given = extra_args if options is None else {**extra_args, "model_options": own}
         return guider(x, sigma * x.new_ones(x.shape[0]), **given)
 
     return at_one_sigma(guider_of(model, positive, negative, cfg), latent, predict, sigma)

@@ -61,7 +61,7 @@ def calls_of(model, family, negative=None, **options):
     """All calls of one prediction, and the prediction."""
     calls = []
     tap = AttentionTap(model, [calls.append])
-    out = predicted(model, family, negative=negative, options=tap.install(model.model_options), **options)
+    out = predicted(model, family, negative=negative, options=tap.install, **options)
     return calls, out
 
 
@@ -133,11 +133,12 @@ def test_query_key_and_value_are_what_attention_gets(family, model):
     """Attention written out from them gives the same prediction: they are past norms and rotation."""
 
     def own(call):
-        logits = call.query.double() @ call.key.double().mT * call.scale
-        logits = logits if call.mask is None else logits + call.mask.double()
-        return (logits.softmax(-1) @ call.value.double()).to(call.query)
+        wide = call.over_frames()
+        logits = wide.query.double() @ wide.key.double().mT * wide.scale
+        logits = logits if wide.mask is None else logits + wide.mask.double()
+        return call.by_frame((logits.softmax(-1) @ wide.value.double()).to(wide.query))
 
-    replaced = AttentionTap(model, [own]).install(model.model_options)
+    replaced = AttentionTap(model, [own]).install
     assert support.relative(predicted(model, family, options=replaced), predicted(model, family)) <= 1e-5
 
 
@@ -163,6 +164,24 @@ def test_others_are_called_no_less_than_without_us(family, model):
     predicted(patched, family)
     assert seen["wrapper"] == alone["wrapper"] and seen["override"] >= alone["override"]
     assert alone["override"] >= family.calls - family.hidden
+
+
+def test_a_replaced_attention_is_called_as_often_as_without_us(family, model):
+    """An attn2 replace patch, as reference-image packs set it; of U-Nets that know such patches."""
+    if "SD 1.5" not in family_of(model).name:
+        pytest.skip("of Stable Diffusion's own blocks")
+    seen = []
+
+    def replace(q, k, v, extra_options):
+        seen.append(q.shape)
+        return torch.zeros_like(q)
+
+    foreign = model.clone()
+    foreign.set_model_attn2_replace(replace, "middle", 0)
+    predicted(foreign, family)
+    alone = len(seen)
+    predicted(patch_regions(foreign, RegionModulation(halves(family), end=1.0)), family)
+    assert alone > 0 and len(seen) == 2 * alone
 
 
 # --- gradients ----------------------------------------------------------
@@ -223,7 +242,7 @@ def test_gradients_are_those_of_finite_differences(family, model, low_memory):
 def test_gradients_with_smaller_weights_point_the_same_way(family, model, dtype):
     small = family.model(dtype=dtype)
     exact, rough = (gradient(m, family, family.clip())[1].flatten().double() for m in (model, small))
-    assert torch.cosine_similarity(exact, rough, 0) > (0.99 if dtype is torch.bfloat16 else 0.9)
+    assert torch.cosine_similarity(exact, rough, 0) > (0.99 if dtype is torch.bfloat16 else family.fp8)
     assert not torch.equal(exact, rough)
 
 
@@ -297,7 +316,7 @@ def test_dds_moves_the_clip_and_stays_for_equal_prompts(family, model):
         settings = Distillation(steps=3, weights=weights, blocks=key_blocks(model), low_memory=low_memory)
         arguments = (family.conditioning(), family.conditioning(1), family.conditioning(2), clip, settings)
         moved, curve = optimise(model, *arguments, seed=0)
-        assert moved.isfinite().all() and support.relative(moved, clip) > 1e-4 and len(curve) == 3
+        assert moved.isfinite().all() and not torch.equal(moved, clip) and len(curve) == 3
     same = family.conditioning(), family.conditioning(), family.conditioning(2), clip, settings
     torch.testing.assert_close(optimise(model, *same, seed=0)[0], clip, rtol=0, atol=1e-4)
     assert before.changed() == []
@@ -313,7 +332,7 @@ def test_prompts_of_other_lengths_and_split_batches_agree(family, model):
     together = predicted(patched, family, positive, negative=family.conditioning(1))
     rows = []
     tap = AttentionTap(patched, [lambda call: rows.append(len(call.rows))])
-    options = tap.install(patched.model_options)
+    options = tap.install
     batched = predicted(patched, family, positive, negative=family.conditioning(1), options=options)
     assert torch.equal(batched, together)
     apart = [
@@ -325,6 +344,40 @@ def test_prompts_of_other_lengths_and_split_batches_agree(family, model):
         torch.testing.assert_close(together, by_hand, rtol=1e-4, atol=1e-4)
     longer = predicted(patched, family, positive, negative=family.conditioning(1, words=2 * family.words))
     assert longer.isfinite().all()
+
+
+def test_a_model_that_wants_a_picture_is_refused_without_one(family, model):
+    if not family.extra:
+        pytest.skip("of models that draw on from a picture")
+    without = [[embedding, {}] for embedding, _ in family.conditioning()]
+    with pytest.raises(ValueError, match="positive: this .* draws on from a picture .* holds none"):
+        invert(model, without, family.clip(), sigmas_of(model, 2))
+    with pytest.raises(ValueError, match="negative: this .* draws on from a picture"):
+        optimise(model, family.conditioning(), family.conditioning(), without, family.clip(), Distillation(), seed=0)
+
+
+def test_masks_follow_the_clip_or_the_latent(family, model):
+    """Outside the mask the source stays, for a mask of the clip's frames as for one of the latent's."""
+    trajectory = invert(model, family.conditioning(), 0.5 * family.clip(), sigmas_of(model, 2))
+    together, frames = family_of(model).frame_rule[0], family.shape[2 if family.patched else 0]
+    height, width = family.shape[-2:]
+    of_latent = torch.zeros(frames, 8 * height, 8 * width)
+    of_latent[-1, :, : 4 * width] = 1
+    of_clip = torch.cat([of_latent[:1], of_latent[1:].repeat_interleave(together, 0)])
+    made = []
+    for mask in (of_latent, of_clip):
+        guider = support.guider_of(model, family.conditioning(1))
+        empty = torch.zeros(trajectory.shape)
+        sampler = TrajectorySampler(trajectory, mask=mask)
+        made.append(guider.sample(empty, empty, sampler, trajectory.sigmas, disable_pbar=True, seed=0))
+    assert torch.equal(*made)
+    source = model.model.process_latent_out(trajectory.latents[-1].float())
+    kept, edited = (slice(0, -1), -1) if not family.patched else ((slice(None), slice(None), slice(0, -1)),) * 2
+    assert torch.equal(made[0][kept], source[kept])
+    assert torch.equal(made[0][..., width // 2 :], source[..., width // 2 :])
+    assert not torch.equal(made[0], source)
+    with pytest.raises(ValueError, match="mask: it has"):
+        TrajectorySampler(trajectory, mask=torch.ones(frames + 1, 8, 8))
 
 
 # --- LoRA ---------------------------------------------------------------

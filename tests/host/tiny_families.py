@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import comfy.model_management as management
 import comfy.model_patcher
@@ -13,7 +15,12 @@ import comfy.sd
 import comfy.supported_models
 import torch
 from comfy.ldm.cogvideo.model import CogVideoXTransformer3DModel
-from spacetime_edit.tests.host import animatediff_standin, support
+from safetensors.torch import save_file
+from spacetime_edit.core.inflation import Inflation
+from spacetime_edit.host.inflation import inflate_attention
+from spacetime_edit.host.loaders import lavie as lavie_loader
+from spacetime_edit.host.loaders import lavie_model, unet3d
+from spacetime_edit.tests.host import animatediff_real, animatediff_standin, support
 
 OPS = comfy.ops.disable_weight_init
 WORDS = 7
@@ -46,6 +53,7 @@ class TinyFamily:
     hidden: int = 0
     words: int = WORDS
     step: float = 0.002
+    fp8: float = 0.9
 
     @property
     def patched(self) -> bool:
@@ -79,7 +87,7 @@ def smooth(net, sharpness: float = 2.0) -> dict:
             weights[name] = torch.full(weight.shape, sharpness if SHARP.search(name) else 1.0, dtype=weight.dtype)
         else:
             noise = torch.randn(weight.shape, generator=generator)
-            size = 0.0005 if QUIET.match(name) else 0.2 if LOOKS.search(name) else 0.05
+            size = 2e-6 if QUIET.match(name) else 0.2 if LOOKS.search(name) else 0.05
             weights[name] = (size * noise).to(weight.dtype)
     return weights
 
@@ -130,9 +138,49 @@ def animatediff(weights, dtype=torch.float32):
     return animatediff_standin.with_motion(model, heads=4, channels=(32, 64))
 
 
+def animatediff_itself(weights, dtype=torch.float32):
+    model = by_hand(comfy.supported_models.SD15, animatediff_real.SD15)(weights, dtype)
+    return animatediff_real.with_motion(model, smooth)
+
+
+UNET3D = {"block_out_channels": [8, 16, 16]}
+WEIGHT_DTYPES = {dtype: name for name, dtype in unet3d.WEIGHT_DTYPES.items()}
+
+
+def lavie(weights, dtype=torch.float32):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "lavie.safetensors"
+        save_file(support.released_lavie_names(weights), path)
+        return lavie_loader.load_lavie(path, weight_dtype=WEIGHT_DTYPES[dtype])
+
+
+def unet3d_folder(weights, dtype=torch.float32):
+    """The embedded model's layout with random weights."""
+    with tempfile.TemporaryDirectory() as folder:
+        return support.unet3d_model(Path(folder), smooth, WEIGHT_DTYPES[dtype], **UNET3D)
+
+
+def inflated(weights, dtype=torch.float32):
+    """SD 1.5 whose frames see one another."""
+    model = by_hand(comfy.supported_models.SD15, support.SD15)(weights, dtype)
+    return inflate_attention(model, Inflation("all frames"))
+
+
 PICTURE = {"concat_latent_image": torch.full((1, 4, 8, 8), 0.3)}
 
 FAMILIES = (
+    TinyFamily("UNet3D", dict, (3, 4, 8, 8), (3, 8, 8), 64, 30, unet3d_folder, step=3e-5),
+    TinyFamily(
+        name="LaVie",
+        weights=lambda: smooth(lavie_model.build(support.LAVIE)),
+        shape=(3, 4, 8, 8),
+        grid=(3, 8, 8),
+        context=16,
+        calls=12,
+        load=lavie,
+        step=3e-7,
+    ),
+    TinyFamily("SD 1.5, inflated", dict, (3, 4, 8, 8), (3, 8, 8), 16, 14, inflated, step=3e-5, fp8=0.85),
     TinyFamily("AnimateDiff", dict, (3, 4, 8, 8), (3, 8, 8), 16, 28, animatediff, hidden=14, step=3e-5),
     TinyFamily(
         name="Stable Video Diffusion",
@@ -150,4 +198,19 @@ FAMILIES = (
     TinyFamily("CogVideoX 1.0", _cogvideox, (1, 16, 3, 8, 8), (3, 4, 4), 32, 2),
     TinyFamily("CogVideoX 1.5", lambda: _cogvideox(patch_size_t=2), (1, 16, 4, 8, 10), (2, 4, 5), 32, 2),
 )
+if animatediff_real.PATH:
+    FAMILIES += (
+        TinyFamily(
+            name="AnimateDiff-Evolved itself",
+            weights=dict,
+            shape=(3, 4, 16, 16),
+            grid=(3, 16, 16),
+            context=16,
+            calls=72,
+            load=animatediff_itself,
+            hidden=40,
+            step=3e-5,
+            fp8=0.6,
+        ),
+    )
 BY_NAME = {family.name: family for family in FAMILIES}
