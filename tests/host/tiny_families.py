@@ -77,8 +77,11 @@ def _cogvideox(**options) -> dict:
     return smooth(CogVideoXTransformer3DModel(**sizes, **fixed, **options))
 
 
-def smooth(net, sharpness: float = 2.0) -> dict:
-    """Random weights small enough that inversion converges, with attention that tells tokens apart."""
+def smooth(net, quiet: float = 1e-4, sharpness: float = 2.0) -> dict:
+    """Random weights small enough that inversion converges, with attention that tells tokens apart.
+
+    quiet: size of a U-Net's output layer.
+    """
     generator, weights = torch.Generator().manual_seed(1), {}
     for name, weight in net.state_dict().items():
         if not weight.is_floating_point():
@@ -87,7 +90,7 @@ def smooth(net, sharpness: float = 2.0) -> dict:
             weights[name] = torch.full(weight.shape, sharpness if SHARP.search(name) else 1.0, dtype=weight.dtype)
         else:
             noise = torch.randn(weight.shape, generator=generator)
-            size = 2e-6 if QUIET.match(name) else 0.2 if LOOKS.search(name) else 0.05
+            size = quiet if QUIET.match(name) else 0.2 if LOOKS.search(name) else 0.05
             weights[name] = (size * noise).to(weight.dtype)
     return weights
 
@@ -172,7 +175,7 @@ FAMILIES = (
     TinyFamily("UNet3D", dict, (3, 4, 8, 8), (3, 8, 8), 64, 30, unet3d_folder, step=3e-5),
     TinyFamily(
         name="LaVie",
-        weights=lambda: smooth(lavie_model.build(support.LAVIE)),
+        weights=lambda: smooth(lavie_model.build(support.LAVIE), quiet=2e-6),
         shape=(3, 4, 8, 8),
         grid=(3, 8, 8),
         context=16,
