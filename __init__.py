@@ -14,6 +14,7 @@ async def comfy_entrypoint():
     from .nodes.fit_clip import FitClipToModel
     from .nodes.inflate_attention import InflateAttention
     from .nodes.invert_video import InvertVideo
+    from .nodes.load_cogvideox import LoadCogVideoX
     from .nodes.load_lavie import LoadLaVie
     from .nodes.load_model import LoadVideoDiffusersModel
     from .nodes.load_trajectory import LoadTrajectory
@@ -37,6 +38,7 @@ async def comfy_entrypoint():
             return [
                 LoadVideoDiffusersModel,
                 LoadLaVie,
+                LoadCogVideoX,
                 LoadExampleClip,
                 FitClipToModel,
                 InvertVideo,

@@ -330,7 +330,28 @@ def lavie(graph: Graph) -> None:
     match_real(graph, model, parts, clip, "lavie")
 
 
-def match_real(graph: Graph, model: Node | dict, parts: Node, clip: Node, name: str) -> None:
+def cogvideox(graph: Graph) -> None:
+    """STR-Match on CogVideoX and a clip of the user's."""
+    graph.group("Load")
+    network = graph.add("STE_LoadCogVideoX", model_name=use.COGVIDEOX)
+    network.models = [
+        {"name": name, "url": f"{use.COGVIDEOX_URL}/{name.split('/')[-1]}", "directory": "diffusion_models"}
+        for name in (use.COGVIDEOX, use.COGVIDEOX_REST)
+    ]
+    text = graph.add("CLIPLoader", clip_name=use.T5, type="cogvideox")
+    text.models = [{"name": use.T5, "url": use.T5_URL, "directory": "text_encoders"}]
+    vae = graph.add("VAELoader", vae_name=use.COGVIDEOX_VAE)
+    vae.models = [{"name": use.COGVIDEOX_VAE, "url": use.COGVIDEOX_VAE_URL, "directory": "vae"}]
+    file = graph.add("LoadVideo", title="Your clip: choose a file", file="")
+    graph.column()
+    parts = graph.add("GetVideoComponents", video=file["VIDEO"])
+    size = {"max_frames": use.COGVIDEOX_FRAMES, "max_side": use.COGVIDEOX_SIDE}
+    clip = graph.add("STE_FitClipToModel", images=parts["images"], model=network["MODEL"], **size)
+    model = {"MODEL": network["MODEL"], "CLIP": text["CLIP"], "VAE": vae["VAE"]}
+    match_real(graph, model, parts, clip, "cogvideox", use.COGVIDEOX_CFG)
+
+
+def match_real(graph: Graph, model: Node | dict, parts: Node, clip: Node, name: str, cfg: float = 7.5) -> None:
     """STR-Match on real weights: cost, inversion, which is saved, edit, and both side by side."""
     graph.group("Encode")
     positive, latent = encode(graph, model, clip["images"], use.STR_SOURCE)
@@ -344,7 +365,7 @@ def match_real(graph: Graph, model: Node | dict, parts: Node, clip: Node, name: 
 
     conds = prompts(graph, model, use.STR_PROMPT)
     sampler = str_sampler(graph, trajectory, strength=0.01)
-    edited = result(graph, model, sample(graph, source, conds, sampler["sampler"], 7.5))
+    edited = result(graph, model, sample(graph, source, conds, sampler["sampler"], cfg))
     film = graph.add("CreateVideo", images=edited, fps=parts["fps"])
     graph.add("SaveVideo", title="Film: the edit", video=film["VIDEO"], filename_prefix=f"spacetime_edit/{name}")
     graph.column()
@@ -518,6 +539,7 @@ TEMPLATES: dict[str, tuple[str, Callable]] = {  # name: key of the notes and of 
     "Recolour inside a box - DreamMotion (tiny)": ("dds_mask", partial(dds, masked=True)),
     "Recolour, then polish - DreamMotion with STR-Match (tiny)": ("dds_polish", partial(dds, polished=True)),
     "Swap an object - STR-Match (LaVie)": ("lavie", lambda graph, name: lavie(graph)),
+    "Swap an object - STR-Match (CogVideoX)": ("cogvideox", lambda graph, name: cogvideox(graph)),
     "Restyle a clip - DreamMotion (Zeroscope)": ("dds_zeroscope", lambda graph, name: dds_zeroscope(graph)),
     "Restyle key frames in pixels - DreamMotion (Show-1)": ("dds_show1", lambda graph, name: dds_show1(graph)),
     "Several objects - ST-Layout with ControlNet (SD 1.5)": ("sd15", partial(sd15, tracked=False)),

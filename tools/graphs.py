@@ -149,7 +149,7 @@ class Graph:
     def column(self) -> None:
         self._groups[-1][1].append([])
 
-    def add(self, type: str, title: str | None = None, color: str | None = None, **values: Any) -> Node:
+    def add(self, type: str, /, title: str | None = None, color: str | None = None, **values: Any) -> Node:
         """A node with these links (an Output) and widget values; KeyError for an input that it lacks."""
         node = Node(len(self.nodes) + 1, type, self._definitions[type], values, title, color, self._mode)
         if unknown := set(values) - set(node.inputs):

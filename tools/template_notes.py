@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from template_settings import (
+    COGVIDEOX_FRAMES,
+    COGVIDEOX_SIDE,
+    COGVIDEOX_URL,
     COMPARED_LAMBDAS,
     DDS_FRAMES,
     DEPTH_MODEL,
@@ -209,6 +212,18 @@ that is too long.
 
 **Fit Clip to Model** takes the first {LAVIE_FRAMES} frames and scales the longest side to {LAVIE_SIDE}. A clip of 24 \
 frames a second moves little in so few: set **every_nth** to 3.""",
+    "cogvideox": f"""## STR-Match on CogVideoX
+A transformer whose attention sees all frames at once; the score takes it from the first two blocks, as the paper \
+does. **Download** the two files of [the folder transformer]({COGVIDEOX_URL.replace("/resolve/", "/tree/")}) of \
+CogVideoX-5b to
+
+`ComfyUI/models/diffusion_models/CogVideoX-5b`
+
+The template offers the text encoder and the VAE. Press **R**, choose your clip, write what it shows and what it \
+should show, and run. *Predict Cost* says first how long it will take: cancel if that is too long.
+
+**Fit Clip to Model** takes the first {COGVIDEOX_FRAMES} frames (always 4 n + 1) and scales the longest side to \
+{COGVIDEOX_SIDE}. A clip of 24 frames a second moves little in so few: set **every_nth** to 3.""",
     "zeroscope": f"""## STR-Match on Zeroscope
 **Download** all of [{ZEROSCOPE}]({ZEROSCOPE_URL}) in diffusers layout (folders `unet`, `vae`, `text_encoder`, \
 `tokenizer`) to
@@ -321,6 +336,12 @@ stay more. (At 0 there is no match and no curve: that is the template *prompt sw
 - **lambda** 0.005 to 0.05. Smaller: more of the prompt. Larger: more of the clip's motion and background.
 - **layers** *m0* in *Capture STR Score* if memory is short.
 - an SD 1.5 finetune for its CLIP and VAE; LoRAs of SD 1.5 fit the model's spatial layers.
+- a **mask** (white = edit) on *Fit Clip to Model*, from there to *STR Latent Optimizer*: the rest of the picture \
+stays.""",
+    "cogvideox": """### Try
+- **lambda** 0.005 to 0.05. Smaller: more of the prompt. Larger: more of the clip's motion and background.
+- **layers** *b0* in *Capture STR Score* if memory is short: one block less to match.
+- **weight_dtype** *fp8_e4m3fn* in *Load CogVideoX*: a quarter of the memory of fp32, and less exact.
 - a **mask** (white = edit) on *Fit Clip to Model*, from there to *STR Latent Optimizer*: the rest of the picture \
 stays.""",
     "zeroscope": """### Try

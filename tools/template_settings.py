@@ -24,6 +24,17 @@ LAVIE = "lavie_base.pt"
 LAVIE_URL = f"https://huggingface.co/Vchitect/LaVie/resolve/main/{LAVIE}"
 LAVIE_SIDE = 512
 LAVIE_FRAMES = 16
+
+COGVIDEOX = "CogVideoX-5b/diffusion_pytorch_model-00001-of-00002.safetensors"
+COGVIDEOX_REST = "CogVideoX-5b/diffusion_pytorch_model-00002-of-00002.safetensors"
+COGVIDEOX_URL = "https://huggingface.co/zai-org/CogVideoX-5b/resolve/main/transformer"
+COGVIDEOX_VAE = "cogvideox_vae.safetensors"
+COGVIDEOX_VAE_URL = f"https://huggingface.co/Comfy-Org/void-model/resolve/main/vae/{COGVIDEOX_VAE}"
+T5 = "t5xxl_fp16.safetensors"
+T5_URL = f"https://huggingface.co/comfyanonymous/flux_text_encoders/resolve/main/{T5}"
+COGVIDEOX_SIDE = 512
+COGVIDEOX_FRAMES = 17
+COGVIDEOX_CFG = 6.0
 STR_SOURCE = "a red car drives along a road"
 STR_PROMPT = "a blue bus drives along a road"
 

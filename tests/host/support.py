@@ -10,6 +10,7 @@ import comfy.model_management as management
 import comfy.model_patcher
 import comfy.samplers
 import comfy.supported_models
+import diffusers
 import nodes
 import torch
 from comfy.patcher_extension import WrappersMP
@@ -133,6 +134,28 @@ def released_lavie_names(weights):
         name.replace(".norm1.norm.", ".norm1.").replace(".norm2.norm.", ".norm2.").replace("out.norm.", "out."): w
         for name, w in weights.items()
     }
+
+
+COGVIDEOX = dict(
+    num_attention_heads=1,
+    attention_head_dim=64,
+    num_layers=2,
+    time_embed_dim=32,
+    use_rotary_positional_embeddings=True,
+)
+
+
+def cogvideox_pieces(folder, context=32, **options):
+    """diffusers' CogVideoX, tiny, with random weights, and its two files, as released; context: width of prompts."""
+    net = diffusers.CogVideoXTransformer3DModel(**COGVIDEOX, text_embed_dim=context, **options).eval()
+    weights = random_weights(net)
+    net.load_state_dict(weights)
+    names = sorted(weights)
+    paths = [folder / f"diffusion_pytorch_model-0000{n}-of-00002.safetensors" for n in (1, 2)]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path, part in zip(paths, (names[::2], names[1::2]), strict=True):
+        save_file({name: weights[name] for name in part}, path)
+    return net, paths
 
 
 def random_weights(net):

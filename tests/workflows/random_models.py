@@ -2,7 +2,8 @@
 
     python tests/workflows/random_models.py FOLDER
 
-`diffusers/show-1-base` and `diffusion_models/lavie_base.pt`, which reads prompts of the embedded model's width.
+`diffusers/show-1-base`, and in `diffusion_models` `lavie_base.pt` and CogVideoX in two pieces, which read prompts of
+the embedded model's width.
 """
 # ruff: noqa: E402 (the pack is loaded before it is imported)
 
@@ -26,4 +27,5 @@ if __name__ == "__main__":
     with torch.inference_mode():
         support.show1_folder(folder / "diffusers" / "show-1-base")
         (folder / "diffusion_models").mkdir()
+        support.cogvideox_pieces(folder / "diffusion_models" / "CogVideoX-5b", EMBEDDED_WIDTH)
         torch.save(support.lavie_weights(EMBEDDED_WIDTH), folder / "diffusion_models" / "lavie_base.pt")

@@ -78,3 +78,27 @@ def test_str_match_on_lavie(server):
     entry = server.queue(graph)
     files = server.output_files(entry)
     assert len(files) >= 2 and all(file.stat().st_size > 0 for file in files)
+
+
+def test_str_match_on_cogvideox(server):
+    """Without its autoencoder and text encoder, which have no tiny form: from an empty latent to an edited one."""
+    graph = changed(
+        "Swap an object - STR-Match (CogVideoX)", STE_InvertVideo={"steps": 4}, STE_PredictCost={"steps": 4}
+    )
+    (text,) = (key for key, node in graph.items() if node["class_type"] == "CLIPLoader")
+    graph[text] = {
+        "class_type": "STE_LoadVideoDiffusersModel",
+        "inputs": {"model_name": EMBEDDED, "weight_dtype": "default"},
+    }
+    for node in graph.values():
+        node["inputs"] = {key: [text, 1] if value == [text, 0] else value for key, value in node["inputs"].items()}
+        if node["class_type"] == "VAEEncode":
+            node["class_type"] = "EmptyHunyuanLatentVideo"
+            node["inputs"] = {"width": 64, "height": 64, "length": 17, "batch_size": 1}
+        elif node["class_type"] == "VAEDecode":
+            node["class_type"] = "SaveLatent"
+            node["inputs"] = {"samples": node["inputs"]["samples"], "filename_prefix": "latents/edit"}
+    drawn = ("CreateVideo", "SaveVideo", "ImageStitch", "VAELoader")
+    graph = {key: node for key, node in graph.items() if node["class_type"] not in drawn}
+    files = server.output_files(server.queue(graph))
+    assert any(file.suffix == ".latent" and file.stat().st_size > 0 for file in files)
