@@ -114,8 +114,9 @@ class AttentionCall:
 
     def _clip(self, tensor: Tensor) -> slice:
         """Where the clip's tokens are, of all frames."""
-        tokens, own = tensor.shape[2], prod(self.grid)
-        return slice(0, own) if self.run.clip_at == "first" else slice(tokens - own, tokens)
+        own = prod(self.grid)
+        start = self.run.before if self.run.clip_at == "first" else tensor.shape[2] - own
+        return slice(start, start + own)
 
     @property
     def percent(self) -> float:
@@ -138,6 +139,14 @@ class AttentionCall:
         return self.grid[1:] == self.run.size
 
 
+@dataclass
+class _Entered:
+    """An attention module that is running, and how many calls it has made."""
+
+    layer: Layer
+    calls: int = 0
+
+
 Listener = Callable[[AttentionCall], Tensor | None]
 
 
@@ -157,7 +166,9 @@ def until_enough_seen(predict: Callable[[], Tensor]) -> Tensor | None:
 class _Run:
     """One call of the model: the host's BaseModel, sigma (B,), latent size, prompts in the batch, frames (indices in
     the whole clip, as tokens count them), the transformer_options, and the kinds of attention that the model has.
-    patch, clip_at: of a transformer, see `Family`."""
+    patch, clip_at: of a transformer, see `Family`; before: tokens in front of a clip that comes first; pictures:
+    whether the first call of a cross-attention module is not for the prompt; crops_text: whether padding of prompts is
+    gone."""
 
     base_model: object
     sigma: Tensor
@@ -169,6 +180,9 @@ class _Run:
     kinds: frozenset[Kind] = frozenset()
     patch: tuple[int, int, int] | None = None
     clip_at: Ends | None = None
+    before: int = 0
+    pictures: bool = False
+    crops_text: bool = False
 
     @property
     def network(self) -> Module:
@@ -205,7 +219,7 @@ class AttentionTap:
         self._layers, self._family = attention_layers(model), family_of(model)
         self._listeners = tuple(listeners)
         self._differentiable = differentiable
-        self._stack: list[Layer] = []
+        self._stack: list[_Entered] = []
         self._run: _Run | None = None
 
     def install(self, model_options: dict) -> dict:
@@ -223,17 +237,21 @@ class AttentionTap:
     def _track(self, executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **kw):
         """APPLY_MODEL wrapper: follows the run of the model."""
         options = transformer_options or {}
-        with self._following(self._describe_run(executor.class_obj, x, t, options)):
+        with self._following(self._describe_run(executor.class_obj, x, t, options, kw)):
             return executor(x, t, c_concat, c_crossattn, control, options, **kw)
 
-    def _describe_run(self, base_model, x: Tensor, sigma: Tensor, options: dict) -> "_Run":
+    def _describe_run(self, base_model, x: Tensor, sigma: Tensor, options: dict, given: dict) -> "_Run":
         prompts = tuple(options.get("cond_or_uncond", (0,)))
         frames = x.shape[0] // len(prompts) if x.ndim == 4 else x.shape[2]
         window = options.get("context_window")
         indices = tuple(range(frames) if window is None else window.index_list)
-        patch = patch_size(base_model.diffusion_model) if self._family.patched else None
+        family, network = self._family, base_model.diffusion_model
+        patch, before = patch_size(network) if family.patched else None, 0
         if patch is not None:
             indices = _token_frames(indices, patch[0])
+        if family.references and given.get(family.references) is not None:
+            height, width = given[family.references].shape[-2:]
+            before = (height // patch[1]) * (width // patch[2])
         return _Run(
             base_model,
             sigma,
@@ -244,7 +262,10 @@ class AttentionTap:
             options,
             frozenset(layer.kind for layer in self._layers.values()),
             patch,
-            self._family.patched,
+            family.patched,
+            before,
+            bool(family.pictures) and getattr(network, family.pictures, None) is not None,
+            family.crops_text,
         )
 
     @contextlib.contextmanager
@@ -271,11 +292,11 @@ class AttentionTap:
         modules = {path: run.network.get_submodule(path) for path in paths}
         try:
             for path, module in modules.items():
-                enter = lambda *_, layer=self._layers[path]: self._stack.append(layer)  # noqa: E731
+                enter = lambda *_, layer=self._layers[path]: self._stack.append(_Entered(layer))  # noqa: E731
                 leave = lambda *_: (self._stack.pop(), None)[1]  # noqa: E731
                 handles.append(module.register_forward_pre_hook(enter))
                 handles.append(module.register_forward_hook(leave, always_call=True))
-            self._run, self._stack = run, [self._layers[block]] if block in self._layers else []
+            self._run, self._stack = run, [_Entered(self._layers[block])] if block in self._layers else []
             with bridged(modules.values(), self._attention):
                 yield
         finally:
@@ -289,6 +310,10 @@ class AttentionTap:
             func = _differentiable_attention()
         proceed = func if previous is None else lambda *a, **k: previous(func, *a, **k)
         if self._run is None or not self._stack:
+            return proceed(*args, **kwargs)
+        entered = self._stack[-1]
+        entered.calls += 1
+        if entered.layer.kind == "cross" and self._run.pictures and entered.calls == 1:
             return proceed(*args, **kwargs)
         call = self._describe(args, kwargs, proceed)
         outputs = (listener(call) for listener in self._listeners)
@@ -306,8 +331,9 @@ class AttentionTap:
         if not kwargs.get("skip_reshape"):
             query, key, value = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (query, key, value))
         scale = kwargs.get("scale") or query.shape[-1] ** -0.5
-        layer = self._stack[-1]
+        layer = self._stack[-1].layer
         mask, attend = args[4] if len(args) > 4 else kwargs.get("mask"), partial(_attend, proceed, kwargs)
+        mask = None if mask is None else _for_all_heads(mask)
         inflation, inflated = _inflation_of(layer.kind, query, key, self._run)
         joined = len(self._run.frames) if inflated and inflation.keys == "all frames" else 1
         grid = _grid(layer, query.shape[0], query.shape[2] // joined, self._run)
@@ -360,6 +386,13 @@ def _grid(layer: Layer, rows: int, tokens: int, run: _Run) -> tuple[int, int, in
     if height * width != tokens:
         raise ValueError(f"attention with {tokens} tokens does not fit a latent of {run.size[0]} x {run.size[1]}")
     return len(run.frames), height, width
+
+
+def _for_all_heads(mask: Tensor) -> Tensor:
+    """A mask (N, M), (B, N, M) or (B, H, N, M) as the last of these, H and B being 1 where it is for all."""
+    while mask.ndim < 3:
+        mask = mask[None]
+    return mask[:, None] if mask.ndim == 3 else mask
 
 
 OF_THE_CALL = ("heads", "mask", "scale", "skip_reshape", "skip_output_reshape", "enable_gqa")

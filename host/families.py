@@ -52,6 +52,9 @@ class Family:
     frame_rule: tuple[int, int] = (1, 0)
     patched: Ends | None = None
     score_blocks: str = ""
+    pictures: str = ""
+    references: str = ""
+    crops_text: bool = False
     injected: tuple[str, str] | None = None
 
 
@@ -67,6 +70,9 @@ SD_BLOCKS = {
     "mutates": True,
     "downsamplers": r"input_blocks\.\d+\.0\.op",
 }
+
+FOUR_IN_ONE = {"frame_rule": (4, 1), "patched": "first", "score_blocks": "b0-b1"}
+"""Video transformers whose latent frames, but for the first, hold four of the clip."""
 
 FAMILIES = (
     Family(
@@ -146,9 +152,94 @@ FAMILIES = (
         diffusion_model="CogVideoXTransformer3DModel",
         attention=(("joint", r"(blocks)\.(\d+)"),),
         blocks=r"blocks\.\d+",
-        frame_rule=(4, 1),
-        patched="last",
-        score_blocks="b0-b1",
+        **FOUR_IN_ONE | {"patched": "last"},
+    ),
+    Family(
+        name="Wan",
+        base_model=("WAN21", "WAN22", "WAN21_FlowRVS"),
+        diffusion_model="WanModel",
+        attention=(
+            ("spacetime", r"(blocks)\.(\d+)\.self_attn"),
+            ("cross", r"(blocks)\.(\d+)\.cross_attn"),
+        ),
+        blocks=r"blocks\.\d+",
+        pictures="img_emb",
+        references="reference_latent",
+        **FOUR_IN_ONE,
+    ),
+    Family(
+        name="Wan VACE",
+        base_model=("WAN21_Vace",),
+        diffusion_model="VaceWanModel",
+        attention=(
+            ("spacetime", r"((?:vace_)?blocks)\.(\d+)\.self_attn"),
+            ("cross", r"((?:vace_)?blocks)\.(\d+)\.cross_attn"),
+        ),
+        blocks=r"(?:vace_)?blocks\.\d+",
+        **FOUR_IN_ONE,
+    ),
+    Family(
+        name="HunyuanVideo",
+        base_model=("HunyuanVideo", "HunyuanVideoI2V", "HunyuanVideoSkyreelsI2V", "HunyuanVideo15"),
+        diffusion_model="HunyuanVideo",
+        attention=(("joint", r"((?:double|single)_blocks)\.(\d+)"),),
+        blocks=r"(?:double|single)_blocks\.\d+",
+        mutates=True,
+        **FOUR_IN_ONE | {"patched": "last"},
+    ),
+    Family(
+        name="LTX-Video",
+        base_model=("LTXV",),
+        diffusion_model="LTXVModel",
+        attention=(
+            ("spacetime", r"(transformer_blocks)\.(\d+)\.attn1"),
+            ("cross", r"(transformer_blocks)\.(\d+)\.attn2"),
+        ),
+        blocks=r"transformer_blocks\.\d+",
+        mutates=True,
+        **FOUR_IN_ONE | {"frame_rule": (8, 1)},
+    ),
+    Family(
+        name="Mochi",
+        base_model=("GenmoMochi",),
+        diffusion_model="AsymmDiTJoint",
+        attention=(("joint", r"(blocks)\.(\d+)\.attn"),),
+        blocks=r"blocks\.\d+",
+        crops_text=True,
+        **FOUR_IN_ONE | {"frame_rule": (6, 1)},
+    ),
+    Family(
+        name="Cosmos 1",
+        base_model=("CosmosVideo",),
+        diffusion_model="GeneralDIT",
+        attention=(
+            ("spacetime", r"(blocks)\.block(\d+)\.blocks\.0\.block\.attn"),
+            ("cross", r"(blocks)\.block(\d+)\.blocks\.1\.block\.attn"),
+        ),
+        blocks=r"blocks\.block\d+",
+        **FOUR_IN_ONE | {"frame_rule": (8, 1)},
+    ),
+    Family(
+        name="Cosmos Predict2",
+        base_model=("CosmosPredict2",),
+        diffusion_model="MiniTrainDIT",
+        attention=(
+            ("spacetime", r"(blocks)\.(\d+)\.self_attn"),
+            ("cross", r"(blocks)\.(\d+)\.cross_attn"),
+        ),
+        blocks=r"blocks\.\d+",
+        **FOUR_IN_ONE,
+    ),
+    Family(
+        name="Kandinsky 5",
+        base_model=("Kandinsky5",),
+        diffusion_model="Kandinsky5",
+        attention=(
+            ("spacetime", r"(visual_transformer_blocks)\.(\d+)\.self_attention"),
+            ("cross", r"(visual_transformer_blocks)\.(\d+)\.cross_attention"),
+        ),
+        blocks=r"visual_transformer_blocks\.\d+",
+        **FOUR_IN_ONE,
     ),
 )
 
@@ -161,7 +252,13 @@ SIDES = {
     "output": "u",
     "transformer_in": "i",
     "blocks": "b",
+    "double_blocks": "b",
+    "transformer_blocks": "b",
+    "visual_transformer_blocks": "b",
+    "single_blocks": "s",
+    "vace_blocks": "v",
 }
+"""The letter of a block's name, by how its path begins."""
 
 
 @dataclass(frozen=True)

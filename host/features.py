@@ -5,6 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from ..core.region_attention import HIDDEN
 from ..core.relevance import AttentionFeatures
 from .attention_tap import AttentionCall, EnoughSeen, Listener
 
@@ -90,7 +91,7 @@ def _tensors_of(call: AttentionCall) -> dict[str, Tensor]:
     path = call.layer.path
     if call.over_time:
         found = {f"{path} query": call.of_clip(call.query), f"{path} key": call.of_clip(call.key)}
-        return found if call.kind == "spatial" else found | {f"{path} extra": call.extra(call.key)}
+        return found if call.kind == "spatial" else found | {f"{path} extra": _seen(call, call.extra(call.key))}
     if call.kind == "spatial":
         return {f"{path} query": call.query, f"{path} key": call.key}
     if call.kind == "temporal":
@@ -100,3 +101,11 @@ def _tensors_of(call: AttentionCall) -> dict[str, Tensor]:
             logits = logits + call.mask.to(work)
         return {f"{path} map": torch.softmax(logits, -1)}
     return {}
+
+
+def _seen(call: AttentionCall, extra: Tensor) -> Tensor:
+    """Of the keys that are not the clip's those that no mask hides; of one prompt."""
+    if call.mask is None:
+        return extra
+    hidden = call.extra(call.mask[:1, :, :1].mT)[0, 0, :, 0] <= HIDDEN
+    return extra[:, :, ~hidden]

@@ -76,8 +76,7 @@ class ActivationMeter:
         def enter(module, args, kwargs):
             self._within = path
             self._of_block.setdefault(path, 0)
-            first = args[0] if args else kwargs["hidden_states"]
-            self._inputs += _bytes(first)
+            self._inputs += next(filter(None, map(_bytes, (*args, *kwargs.values()))), 0)
 
         return enter
 

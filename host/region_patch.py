@@ -160,6 +160,9 @@ class RegionModulation:
     def _text(self, call: AttentionCall, keys: int) -> Tensor:
         """(keys, K): which of so many of the call's keys are words of a region; the host may repeat a prompt."""
         length = self.layout.length
+        last = max((place for places in self.layout.positions for place in places), default=0)
+        if call.run.crops_text and last < keys < length:
+            return token_regions(self.layout.positions, length)[:keys].to(call.query.device)
         if keys % length:
             raise ValueError(
                 f"layout: it was made for {length} text tokens (the prompt {self.layout.prompt!r}), the model gets "

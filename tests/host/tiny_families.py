@@ -24,6 +24,7 @@ from spacetime_edit.tests.host import animatediff_real, animatediff_standin, sup
 
 OPS = comfy.ops.disable_weight_init
 WORDS = 7
+MASK = "attention_mask"
 QUIET = re.compile(r"out\.2\.|conv_out")
 """Output layers of U-Nets, whose noise predictions would else be too rough to invert."""
 LOOKS = re.compile(r"\.attn[12]\.to_[qk]\.weight")
@@ -64,8 +65,10 @@ class TinyFamily:
         return self.load(self.weights(), **options)
 
     def conditioning(self, seed: int = 0, words: int | None = None) -> list:
-        noise = torch.randn(1, words or self.words, self.context, generator=torch.Generator().manual_seed(seed))
-        return [[noise, dict(self.extra)]]
+        words = words or self.words
+        noise = torch.randn(1, words, self.context, generator=torch.Generator().manual_seed(seed))
+        extra = {k: torch.ones(1, words, dtype=torch.long) if k == MASK else v for k, v in self.extra.items()}
+        return [[noise, extra]]
 
     def clip(self, seed: int = 0) -> torch.Tensor:
         return torch.randn(self.shape, generator=torch.Generator().manual_seed(100 + seed))
@@ -200,6 +203,137 @@ FAMILIES = (
     ),
     TinyFamily("CogVideoX 1.0", _cogvideox, (1, 16, 3, 8, 8), (3, 4, 4), 32, 2),
     TinyFamily("CogVideoX 1.5", lambda: _cogvideox(patch_size_t=2), (1, 16, 4, 8, 10), (2, 4, 5), 32, 2),
+)
+DITS = {
+    "mochi": dict(
+        image_model="mochi_preview", depth=2, patch_size=2, num_heads=2, hidden_size_x=64, hidden_size_y=32,
+        mlp_ratio_x=192.0, mlp_ratio_y=4.0, learn_sigma=False, in_channels=12, qk_norm=True, qkv_bias=False,
+        out_bias=True, attn_drop=0.0, patch_embed_bias=True, posenc_preserve_area=True, timestep_mlp_bias=True,
+        attend_to_padding=False, timestep_scale=1000.0, use_t5=True, t5_feat_dim=32, t5_token_length=8,
+        rope_theta=10000.0,
+    ),
+    "cosmos": dict(
+        image_model="cosmos", max_img_h=240, max_img_w=240, max_frames=128, in_channels=16, out_channels=16,
+        patch_spatial=2, patch_temporal=1, model_channels=64, block_config="FA-CA-MLP", concat_padding_mask=True,
+        pos_emb_cls="rope3d", pos_emb_learnable=False, pos_emb_interpolation="crop", block_x_format="THWBD",
+        affline_emb_norm=True, use_adaln_lora=True, adaln_lora_dim=16, num_blocks=2, num_heads=2,
+        crossattn_emb_channels=32, extra_per_block_abs_pos_emb=True, rope_h_extrapolation_ratio=1.0,
+        rope_w_extrapolation_ratio=1.0, rope_t_extrapolation_ratio=2.0, extra_per_block_abs_pos_emb_type="learnable",
+    ),
+    "predict2": dict(
+        image_model="cosmos_predict2", max_img_h=240, max_img_w=240, max_frames=128, in_channels=16, out_channels=16,
+        patch_spatial=2, patch_temporal=1, model_channels=64, concat_padding_mask=True, crossattn_emb_channels=32,
+        pos_emb_cls="rope3d", pos_emb_learnable=True, pos_emb_interpolation="crop", min_fps=1, max_fps=30,
+        use_adaln_lora=True, adaln_lora_dim=16, num_blocks=2, num_heads=2, extra_per_block_abs_pos_emb=False,
+        rope_h_extrapolation_ratio=4.0, rope_w_extrapolation_ratio=4.0, rope_t_extrapolation_ratio=1.0,
+        rope_enable_fps_modulation=False,
+    ),
+    "kandinsky": dict(
+        image_model="kandinsky5", model_dim=64, axes_dims=(8, 12, 12), time_dim=32, ff_dim=64, visual_embed_dim=132,
+        num_text_blocks=1, num_visual_blocks=2, in_text_dim=32, in_text_dim2=16,
+    ),
+    "wan": dict(
+        image_model="wan2.1", model_type="t2v", dim=128, ffn_dim=64, num_heads=1, num_layers=2, text_dim=32, in_dim=16,
+        out_dim=16,
+    ),
+    "ltx": dict(
+        image_model="ltxv", in_channels=128, cross_attention_dim=64, attention_head_dim=2, num_attention_heads=32,
+        caption_channels=32, num_layers=2,
+    ),
+    "hunyuan": dict(
+        image_model="hunyuan_video", in_channels=16, patch_size=[1, 2, 2], out_channels=16, vec_in_dim=768,
+        axes_dim=[16, 56, 56], meanflow=False, context_in_dim=32, hidden_size=128, mlp_ratio=4.0, num_heads=1, depth=1,
+        depth_single_blocks=1, theta=256, qkv_bias=True, byt5=False, guidance_embed=True, use_cond_type_embedding=False,
+        vision_in_dim=None, meanflow_sum=False,
+    ),
+}  # fmt: skip
+
+
+class Look:
+    """What a CLIP vision encoder says of a picture."""
+
+    penultimate_hidden_states = torch.randn(1, 257, 1280, generator=torch.Generator().manual_seed(9))
+
+
+def pooled(width: int) -> dict:
+    return {"pooled_output": torch.randn(1, width, generator=torch.Generator().manual_seed(8))}
+
+
+KNOWN = comfy.supported_models
+FIVE = (1, 16, 3, 8, 8)
+MASKED = {MASK: None}
+I2V = {"concat_latent_image": torch.full((1, 16, 3, 8, 8), 0.3), "clip_vision_output": Look}
+FAMILIES += (
+    TinyFamily("Wan", dict, FIVE, (3, 4, 4), 32, 4, by_hand(KNOWN.WAN21_T2V, DITS["wan"]), step=1e-4),
+    TinyFamily(
+        name="Wan image to video",
+        weights=dict,
+        shape=FIVE,
+        grid=(3, 4, 4),
+        context=32,
+        calls=4,
+        load=by_hand(KNOWN.WAN21_I2V, DITS["wan"] | {"model_type": "i2v", "in_dim": 36}),
+        extra=I2V,
+        step=1e-4,
+        others={"attention to the picture": 2},
+    ),
+    TinyFamily(
+        name="Wan VACE",
+        weights=dict,
+        shape=FIVE,
+        grid=(3, 4, 4),
+        context=32,
+        calls=6,
+        load=by_hand(KNOWN.WAN21_Vace, DITS["wan"] | {"model_type": "vace", "vace_layers": 1, "vace_in_dim": 96}),
+        step=3e-5,
+    ),
+    TinyFamily(
+        name="HunyuanVideo",
+        weights=dict,
+        shape=FIVE,
+        grid=(3, 4, 4),
+        context=32,
+        calls=2,
+        load=by_hand(KNOWN.HunyuanVideo, DITS["hunyuan"]),
+        extra=pooled(768),
+        others={"of the prompt with itself": 2},
+    ),
+    TinyFamily(
+        name="LTX-Video",
+        weights=dict,
+        shape=(1, 128, 3, 4, 4),
+        grid=(3, 4, 4),
+        context=32,
+        calls=4,
+        load=by_hand(KNOWN.LTXV, DITS["ltx"]),
+        step=1e-4,
+        extra=MASKED,
+    ),
+    TinyFamily(
+        name="Mochi",
+        weights=dict,
+        shape=(1, 12, 3, 8, 8),
+        grid=(3, 4, 4),
+        context=32,
+        calls=2,
+        load=by_hand(KNOWN.GenmoMochi, DITS["mochi"]),
+        extra=MASKED,
+    ),
+    TinyFamily("Cosmos 1", dict, FIVE, (3, 4, 4), 32, 4, by_hand(KNOWN.CosmosT2V, DITS["cosmos"])),
+    TinyFamily(
+        "Cosmos Predict2", dict, FIVE, (3, 4, 4), 32, 4, by_hand(KNOWN.CosmosT2IPredict2, DITS["predict2"]), step=1e-4
+    ),
+    TinyFamily(
+        name="Kandinsky 5",
+        weights=dict,
+        shape=FIVE,
+        grid=(3, 4, 4),
+        context=32,
+        calls=4,
+        load=by_hand(KNOWN.Kandinsky5, DITS["kandinsky"]),
+        extra=pooled(16),
+        others={"of the prompt with itself": 1},
+    ),
 )
 if animatediff_real.PATH:
     FAMILIES += (
