@@ -82,7 +82,8 @@ def key_blocks(model, layers: str = "") -> frozenset[str]:
     blocks = {layer.block for layer in attention_layers(model).values() if layer.kind in IN_SPACE}
     if layers.strip():
         return select_blocks(layers, blocks)
-    later = sorted(blocks, key=lambda name: (name[0], int(name[1:])))[len(blocks) // 2 :]
+    main = [name for name in blocks if not name.startswith("v")]  # not those of VACE's control video
+    later = sorted(main, key=lambda name: (name[0], int(name[1:])))[len(main) // 2 :]
     return frozenset(block for block in blocks if block.startswith("u")) or frozenset(later)
 
 

@@ -186,6 +186,7 @@ FAMILIES = (
         load=lavie,
         step=3e-7,
     ),
+    TinyFamily("SD 1.5", dict, (3, 4, 8, 8), (3, 8, 8), 16, 14, by_hand(comfy.supported_models.SD15, support.SD15)),
     TinyFamily("SD 1.5, inflated", dict, (3, 4, 8, 8), (3, 8, 8), 16, 14, inflated, step=3e-5, fp8=0.85),
     TinyFamily("AnimateDiff", dict, (3, 4, 8, 8), (3, 8, 8), 16, 28, animatediff, hidden=14, step=3e-5),
     TinyFamily(
