@@ -289,6 +289,16 @@ def patch_size(network: Module) -> tuple[int, int, int]:
     return getattr(network, "patch_size_t", None) or getattr(network, "patch_temporal", 1), size, size
 
 
+def refuse_transformer(model, name: str) -> None:
+    """ValueError for a ModelPatcher whose attention spans space and time, naming the input `name`."""
+    family = family_of(model)
+    if family.patched is not None:
+        raise ValueError(
+            f"{name}: attention of {family.name} sees all frames at once, which this node cannot show yet; use a model "
+            f"such as Zeroscope, LaVie or SD 1.5 here"
+        )
+
+
 _layers: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # by network: every step asks, and a walk takes time
 
 

@@ -16,7 +16,7 @@ from ..core.parametrization import noise_fraction
 from ..core.propagation import cross_frame_relevance, point_region, region_weight
 from ..core.trajectory import Trajectory
 from .attention_tap import AttentionCall, AttentionTap, Listener
-from .families import attention_layers, select_blocks
+from .families import attention_layers, refuse_transformer, select_blocks
 from .gradients import predict
 from .latents import frame_count
 from .relevance_matching import leading_cond
@@ -53,6 +53,7 @@ def show_to(listener: Listener, trajectory: Trajectory, percent: float, *, model
 
 
 def chosen_blocks(layers: str, model) -> frozenset[str] | None:
+    refuse_transformer(model, "trajectory")
     found = attention_layers(model).values()
     if "context_handler" in model.model_options:
         raise ValueError(

@@ -8,7 +8,7 @@ from torch.nn.functional import interpolate
 
 from ..core.trajectory import Trajectory
 from .attention_tap import AttentionCall
-from .families import attention_layers, select_blocks
+from .families import attention_layers, refuse_transformer, select_blocks
 from .region_prompt import Layout, positions_in
 from .relevance_preview import show_to
 
@@ -38,6 +38,7 @@ def token_attention(
         raise ValueError(
             "model: it is not the one that was inverted; connect the same loader to both, and the patch after"
         )
+    refuse_transformer(trajectory.model, "trajectory")
     blocks = {at.block for at in attention_layers(trajectory.model).values() if at.kind == "cross"}
     if not blocks:
         raise ValueError("trajectory: its model has no cross-attention, so no word has a place of its own in it")

@@ -23,8 +23,8 @@ class CaptureSTRScore(io.ComfyNode):
                     "layers",
                     default="",
                     tooltip="Blocks to match, such as d1-d2,m0,u0-u1 (d = down, m = middle, u = up, counted over the "
-                    "blocks with attention). Empty: all but those at the finest resolution, which is the method's "
-                    "own choice.",
+                    "blocks with attention; b = block of a transformer). Empty: all but those at the finest "
+                    "resolution, of a transformer the first two, which is the method's own choice.",
                 ),
                 io.Int.Input(
                     "radius",

@@ -30,7 +30,8 @@ class STLayoutAttentionPatch(io.ComfyNode):
                     max=3.0,
                     step=0.05,
                     tooltip="How strongly words are drawn into their region and out of the others. 1 is the method's "
-                    "own, 0 leaves cross-attention alone.",
+                    "own, 0 leaves cross-attention alone. In models that read prompt and clip in one attention "
+                    "(CogVideoX, HunyuanVideo, Mochi) the mean of this and self_strength counts.",
                 ),
                 io.Float.Input(
                     "self_strength",

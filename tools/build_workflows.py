@@ -26,6 +26,7 @@ from template_parts import (
     invert,
     load,
     load_folder,
+    load_wan,
     prompts,
     result,
     sample,
@@ -351,6 +352,42 @@ def cogvideox(graph: Graph) -> None:
     match_real(graph, model, parts, clip, "cogvideox", use.COGVIDEOX_CFG)
 
 
+def wan(graph: Graph) -> None:
+    """STR-Match on Wan 2.1 and a clip of the user's."""
+    match_real(graph, *load_wan(graph), "wan", use.WAN_CFG)
+
+
+def wan_regions(graph: Graph, name: str) -> None:
+    """ST-Layout on Wan 2.1: two objects, each by boxes and a phrase."""
+    model, parts, clip = load_wan(graph)
+    graph.group("Invert")
+    positive, latent = encode(graph, model, clip["images"], use.SD15_SOURCE)
+    trajectory = inversion(graph, model, positive, latent["LATENT"], 50)
+    graph.group("Regions")
+    chain = None
+    for boxes, phrase in zip((use.WAN_LEFT, use.WAN_RIGHT), use.SD15_PHRASES.split("\n"), strict=True):
+        mask = graph.add("STE_MaskFromBoxes", phrase, images=clip["images"], boxes=boxes)["mask"]
+        before = {} if chain is None else {"regions": chain["regions"]}
+        chain = graph.add("STE_RegionPrompt", phrase, mask=mask, phrase=phrase, **before)
+    graph.column()
+    seen = graph.add("STE_PreviewRegions", images=clip["images"], regions=chain["regions"])
+    graph.group("Edit")
+    text = {"clip": model["CLIP"], "prompt": use.SD15_PROMPT, "regions": chain["regions"]}
+    positive = graph.add("STE_EncodeRegionalPrompt", "Prompt: the edit", "green", **text)
+    negative = graph.add("CLIPTextEncode", "Negative prompt", "red", text="", clip=model["CLIP"])
+    graph.column()
+    patched = graph.add("STE_STLayoutAttentionPatch", model=model["MODEL"], layout=positive["layout"])
+    where = {"trajectory": trajectory["trajectory"], "mask": seen["mask"]}
+    sampler = graph.add("STE_SampleFromTrajectory", **where)
+    source = Source({"MODEL": patched["model"]}, latent["LATENT"], trajectory)
+    conds = {"CONDITIONING": positive["conditioning"]}, negative
+    edited = result(graph, model, sample(graph, source, conds, sampler["sampler"], use.WAN_CFG))
+    graph.column()
+    pair = graph.add("ImageStitch", title="Clip | edit", image1=clip["images"], image2=edited)
+    film = graph.add("CreateVideo", images=pair["IMAGE"], fps=parts["fps"])
+    graph.add("SaveVideo", title="Film: clip | edit", video=film["VIDEO"], filename_prefix=f"spacetime_edit/{name}")
+
+
 def match_real(graph: Graph, model: Node | dict, parts: Node, clip: Node, name: str, cfg: float = 7.5) -> None:
     """STR-Match on real weights: cost, inversion, which is saved, edit, and both side by side."""
     graph.group("Encode")
@@ -540,6 +577,8 @@ TEMPLATES: dict[str, tuple[str, Callable]] = {  # name: key of the notes and of 
     "Recolour, then polish - DreamMotion with STR-Match (tiny)": ("dds_polish", partial(dds, polished=True)),
     "Swap an object - STR-Match (LaVie)": ("lavie", lambda graph, name: lavie(graph)),
     "Swap an object - STR-Match (CogVideoX)": ("cogvideox", lambda graph, name: cogvideox(graph)),
+    "Swap an object - STR-Match (Wan)": ("wan", lambda graph, name: wan(graph)),
+    "Several objects - ST-Layout (Wan)": ("wan_regions", wan_regions),
     "Restyle a clip - DreamMotion (Zeroscope)": ("dds_zeroscope", lambda graph, name: dds_zeroscope(graph)),
     "Restyle key frames in pixels - DreamMotion (Show-1)": ("dds_show1", lambda graph, name: dds_show1(graph)),
     "Several objects - ST-Layout with ControlNet (SD 1.5)": ("sd15", partial(sd15, tracked=False)),

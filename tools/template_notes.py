@@ -23,6 +23,9 @@ from template_settings import (
     SHOW1,
     SHOW1_URL,
     TINY_LAMBDA,
+    WAN,
+    WAN_FRAMES,
+    WAN_SIDE,
     ZEROSCOPE,
     ZEROSCOPE_FRAMES,
     ZEROSCOPE_SIDE,
@@ -212,6 +215,24 @@ that is too long.
 
 **Fit Clip to Model** takes the first {LAVIE_FRAMES} frames and scales the longest side to {LAVIE_SIDE}. A clip of 24 \
 frames a second moves little in so few: set **every_nth** to 3.""",
+    "wan": f"""## STR-Match on Wan
+A transformer whose attention sees all frames at once; the score takes it from the first two blocks. The template \
+offers the files: `diffusion_models/{WAN}` (the 14B fits the same graph), text encoder and VAE. Press **R**, choose \
+your clip, write what it shows and what it should show, and run. *Predict Cost* says first how long it will take: \
+cancel if that is too long.
+
+**Fit Clip to Model** takes the first {WAN_FRAMES} frames (always 4 n + 1) and scales the longest side to \
+{WAN_SIDE}.""",
+    "wan_regions": f"""## Regions on Wan
+Each phrase of the prompt stays in its region, without a word on which is where in the prompt. The template offers the \
+files: `diffusion_models/{WAN}`, text encoder and VAE. Press **R**, choose your clip and write its prompt.
+
+1. **Mask from Boxes** holds one line a key frame, *frame: x, y, width, height*; between them the box moves.
+2. Each **Region Prompt** ties a phrase to its mask; *Preview Regions* shows both over the clip.
+3. **ST-Layout Attention Patch** goes on the model; outside the regions the clip stays.
+
+**Fit Clip to Model** takes the first {WAN_FRAMES} frames (always 4 n + 1) and scales the longest side to \
+{WAN_SIDE}.""",
     "cogvideox": f"""## STR-Match on CogVideoX
 A transformer whose attention sees all frames at once; the score takes it from the first two blocks, as the paper \
 does. **Download** the two files of [the folder transformer]({COGVIDEOX_URL.replace("/resolve/", "/tree/")}) of \
@@ -338,6 +359,17 @@ stay more. (At 0 there is no match and no curve: that is the template *prompt sw
 - an SD 1.5 finetune for its CLIP and VAE; LoRAs of SD 1.5 fit the model's spatial layers.
 - a **mask** (white = edit) on *Fit Clip to Model*, from there to *STR Latent Optimizer*: the rest of the picture \
 stays.""",
+    "wan": """### Try
+- **lambda** 0.005 to 0.05. Smaller: more of the prompt. Larger: more of the clip's motion and background.
+- **steps** 20 in *Invert Video* for a first look, 50 for the result.
+- **layers** *b0* in *Capture STR Score* if memory is short: one block less to match.
+- a **mask** (white = edit) on *Fit Clip to Model*, from there to *STR Latent Optimizer*: the rest of the picture \
+stays.""",
+    "wan_regions": """### Try
+- **cross_strength** 1.5 if a phrase does not come; 0 and 0: the prompt alone.
+- masks by SAM3 instead of boxes: *SAM3 Video Track* and *Regions from Masks*, as in the template for SD 1.5.
+- **dilation** of *Sample from Trajectory* larger, if the new object is larger than the old one.
+- *STR Latent Optimizer* in place of *Sample from Trajectory*: motion is held too.""",
     "cogvideox": """### Try
 - **lambda** 0.005 to 0.05. Smaller: more of the prompt. Larger: more of the clip's motion and background.
 - **layers** *b0* in *Capture STR Score* if memory is short: one block less to match.

@@ -48,6 +48,25 @@ def load_folder(graph: Graph, name: str, frames: int) -> tuple[Node, Node, Node]
     return model, parts, graph.add("STE_FitClipToModel", images=parts["images"], model=model["MODEL"], **size)
 
 
+def load_wan(graph: Graph) -> tuple[dict, Node, Node]:
+    """The group with Wan 2.1 and a clip of the user's: as `load_folder`."""
+    graph.group("Load")
+    network = graph.add("UNETLoader", unet_name=use.WAN, weight_dtype="default")
+    network.models = [
+        {"name": use.WAN, "url": f"{use.WAN_FILES}/diffusion_models/{use.WAN}", "directory": "diffusion_models"}
+    ]
+    text = graph.add("CLIPLoader", clip_name=use.UMT5, type="wan")
+    text.models = [{"name": use.UMT5, "url": f"{use.WAN_FILES}/text_encoders/{use.UMT5}", "directory": "text_encoders"}]
+    vae = graph.add("VAELoader", vae_name=use.WAN_VAE)
+    vae.models = [{"name": use.WAN_VAE, "url": f"{use.WAN_FILES}/vae/{use.WAN_VAE}", "directory": "vae"}]
+    file = graph.add("LoadVideo", title="Your clip: choose a file", file="")
+    graph.column()
+    parts = graph.add("GetVideoComponents", video=file["VIDEO"])
+    size = {"max_frames": use.WAN_FRAMES, "max_side": use.WAN_SIDE}
+    clip = graph.add("STE_FitClipToModel", images=parts["images"], model=network["MODEL"], **size)
+    return {"MODEL": network["MODEL"], "CLIP": text["CLIP"], "VAE": vae["VAE"]}, parts, clip
+
+
 def encode(graph: Graph, model: Node, images: Output, prompt: Any) -> tuple[Node, Node]:
     """The prompt of a clip and its latent."""
     positive = graph.add("CLIPTextEncode", "Prompt: the clip as it is", "green", text=prompt, clip=model["CLIP"])

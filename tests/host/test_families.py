@@ -18,7 +18,9 @@ from spacetime_edit.host.gradients import latent_gradient, normal_tensor, predic
 from spacetime_edit.host.region_patch import RegionModulation, patch_regions
 from spacetime_edit.host.region_prompt import Layout
 from spacetime_edit.host.relevance_matching import RelevanceMatching, lacks_for_relevance, str_score_of
+from spacetime_edit.host.relevance_preview import chosen_blocks
 from spacetime_edit.host.sampling import TrajectorySampler, invert
+from spacetime_edit.host.token_attention import token_attention
 from spacetime_edit.tests.host import support
 from spacetime_edit.tests.host.tiny_families import BY_NAME
 
@@ -433,6 +435,14 @@ def test_masks_follow_the_clip_or_the_latent(family, model):
     assert not torch.equal(made[0], source)
     with pytest.raises(ValueError, match="mask: it has"):
         TrajectorySampler(trajectory, mask=torch.ones(frames + 1, 8, 8))
+
+
+def test_nodes_that_show_attention_refuse_a_transformer_by_name(family, model, transformer):
+    trajectory = invert(model, family.conditioning(), family.clip(), sigmas_of(model, 1))
+    with pytest.raises(ValueError, match=f"trajectory: attention of {family_of(model).name} sees all frames at once"):
+        chosen_blocks("", model)
+    with pytest.raises(ValueError, match="sees all frames at once"):
+        token_attention(trajectory, family.conditioning(), halves(family), "a", (8, 8), percent=0.5)
 
 
 # --- LoRA ---------------------------------------------------------------

@@ -15,6 +15,7 @@ import comfy.sd
 import comfy.supported_models
 import torch
 from comfy.ldm.cogvideo.model import CogVideoXTransformer3DModel
+from comfy.ldm.wan.model import WanModel
 from safetensors.torch import save_file
 from spacetime_edit.core.inflation import Inflation
 from spacetime_edit.host.inflation import inflate_attention
@@ -248,6 +249,12 @@ DITS = {
         vision_in_dim=None, meanflow_sum=False,
     ),
 }  # fmt: skip
+
+
+def wan_weights(context: int) -> dict:
+    """As in a released file, of the smallest network that the host's loader takes; context: width of prompts."""
+    sizes = dict(model_type="t2v", in_dim=16, dim=128, ffn_dim=64, num_heads=1, num_layers=2, text_dim=context)
+    return smooth(WanModel(**sizes, dtype=torch.float32, operations=OPS))
 
 
 class Look:

@@ -2,13 +2,14 @@
 
     python tests/workflows/random_models.py FOLDER
 
-`diffusers/show-1-base`, and in `diffusion_models` `lavie_base.pt` and CogVideoX in two pieces, which read prompts of
-the embedded model's width.
+`diffusers/show-1-base`, and in `diffusion_models` `lavie_base.pt`, CogVideoX in two pieces and Wan, which read prompts
+of the embedded model's width.
 """
 # ruff: noqa: E402 (the pack is loaded before it is imported)
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -18,7 +19,8 @@ from pack import load_pack
 load_pack()
 
 import torch
-from spacetime_edit.tests.host import support
+from safetensors.torch import save_file
+from spacetime_edit.tests.host import support, tiny_families
 
 EMBEDDED_WIDTH = 64
 
@@ -27,5 +29,10 @@ if __name__ == "__main__":
     with torch.inference_mode():
         support.show1_folder(folder / "diffusers" / "show-1-base")
         (folder / "diffusion_models").mkdir()
+        save_file(
+            tiny_families.wan_weights(EMBEDDED_WIDTH),
+            folder / "diffusion_models" / "wan2.1_t2v_1.3B_fp16.safetensors",
+            {"config": json.dumps({"transformer": {"text_dim": EMBEDDED_WIDTH}})},
+        )
         support.cogvideox_pieces(folder / "diffusion_models" / "CogVideoX-5b", EMBEDDED_WIDTH)
         torch.save(support.lavie_weights(EMBEDDED_WIDTH), folder / "diffusion_models" / "lavie_base.pt")

@@ -13,6 +13,7 @@ from spacetime_edit.tools.templates import WORKFLOWS, read
 pytestmark = pytest.mark.workflows
 
 EMBEDDED = "embedded tiny model"
+FRAMES = 17  # of a clip; the embedded ones have 8
 CLIP = {
     "class_type": "STE_LoadExampleClip",
     "inputs": {"clip": "clip_00 - a red circle on a gray background", "edit": 1},
@@ -80,11 +81,11 @@ def test_str_match_on_lavie(server):
     assert len(files) >= 2 and all(file.stat().st_size > 0 for file in files)
 
 
-def test_str_match_on_cogvideox(server):
-    """Without its autoencoder and text encoder, which have no tiny form: from an empty latent to an edited one."""
-    graph = changed(
-        "Swap an object - STR-Match (CogVideoX)", STE_InvertVideo={"steps": 4}, STE_PredictCost={"steps": 4}
-    )
+def without_autoencoder(graph: dict) -> dict:
+    """A template of a transformer without its autoencoder and text encoder, which have no tiny form.
+
+    From an empty latent to an edited one, by the embedded model's prompts.
+    """
     (text,) = (key for key, node in graph.items() if node["class_type"] == "CLIPLoader")
     graph[text] = {
         "class_type": "STE_LoadVideoDiffusersModel",
@@ -94,11 +95,34 @@ def test_str_match_on_cogvideox(server):
         node["inputs"] = {key: [text, 1] if value == [text, 0] else value for key, value in node["inputs"].items()}
         if node["class_type"] == "VAEEncode":
             node["class_type"] = "EmptyHunyuanLatentVideo"
-            node["inputs"] = {"width": 64, "height": 64, "length": 17, "batch_size": 1}
+            node["inputs"] = {"width": 64, "height": 64, "length": FRAMES, "batch_size": 1}
         elif node["class_type"] == "VAEDecode":
             node["class_type"] = "SaveLatent"
             node["inputs"] = {"samples": node["inputs"]["samples"], "filename_prefix": "latents/edit"}
     drawn = ("CreateVideo", "SaveVideo", "ImageStitch", "VAELoader")
-    graph = {key: node for key, node in graph.items() if node["class_type"] not in drawn}
-    files = server.output_files(server.queue(graph))
+    return {key: node for key, node in graph.items() if node["class_type"] not in drawn}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "Swap an object - STR-Match (CogVideoX)",
+        "Swap an object - STR-Match (Wan)",
+        "Several objects - ST-Layout (Wan)",
+    ],
+)
+def test_templates_of_transformers(server, name):
+    graph = changed(
+        name,
+        STE_InvertVideo={"steps": 4},
+        STE_PredictCost={"steps": 4},
+        STE_EncodeRegionalPrompt={"prompt": "a blue square and a red circle on a gray background"},
+    )
+    phrases = iter(["a blue square", "a red circle"])
+    for node in graph.values():
+        if node["class_type"] == "STE_RegionPrompt":
+            node["inputs"]["phrase"] = next(phrases)
+        if node["class_type"] == "STE_MaskFromBoxes":
+            node["inputs"]["boxes"] = "0: 8, 8, 20, 40"
+    files = server.output_files(server.queue(without_autoencoder(graph)))
     assert any(file.suffix == ".latent" and file.stat().st_size > 0 for file in files)
