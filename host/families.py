@@ -55,6 +55,7 @@ class Family:
     pictures: str = ""
     references: str = ""
     crops_text: bool = False
+    unseen: float = 1.0
     injected: tuple[str, str] | None = None
 
 
@@ -152,6 +153,7 @@ FAMILIES = (
         diffusion_model="CogVideoXTransformer3DModel",
         attention=(("joint", r"(blocks)\.(\d+)"),),
         blocks=r"blocks\.\d+",
+        unseen=1.65,
         **FOUR_IN_ONE | {"patched": "last"},
     ),
     Family(
@@ -165,6 +167,7 @@ FAMILIES = (
         blocks=r"blocks\.\d+",
         pictures="img_emb",
         references="reference_latent",
+        unseen=1.1,
         **FOUR_IN_ONE,
     ),
     Family(
@@ -176,6 +179,7 @@ FAMILIES = (
             ("cross", r"((?:vace_)?blocks)\.(\d+)\.cross_attn"),
         ),
         blocks=r"(?:vace_)?blocks\.\d+",
+        unseen=1.1,
         **FOUR_IN_ONE,
     ),
     Family(
@@ -185,6 +189,7 @@ FAMILIES = (
         attention=(("joint", r"((?:double|single)_blocks)\.(\d+)"),),
         blocks=r"(?:double|single)_blocks\.\d+",
         mutates=True,
+        unseen=1.25,
         **FOUR_IN_ONE | {"patched": "last"},
     ),
     Family(
@@ -197,6 +202,7 @@ FAMILIES = (
         ),
         blocks=r"transformer_blocks\.\d+",
         mutates=True,
+        unseen=1.75,
         **FOUR_IN_ONE | {"frame_rule": (8, 1)},
     ),
     Family(
@@ -206,6 +212,7 @@ FAMILIES = (
         attention=(("joint", r"(blocks)\.(\d+)\.attn"),),
         blocks=r"blocks\.\d+",
         crops_text=True,
+        unseen=2.6,
         **FOUR_IN_ONE | {"frame_rule": (6, 1)},
     ),
     Family(
@@ -228,6 +235,7 @@ FAMILIES = (
             ("cross", r"(blocks)\.(\d+)\.cross_attn"),
         ),
         blocks=r"blocks\.\d+",
+        unseen=1.2,
         **FOUR_IN_ONE,
     ),
     Family(
@@ -239,6 +247,7 @@ FAMILIES = (
             ("cross", r"(visual_transformer_blocks)\.(\d+)\.cross_attention"),
         ),
         blocks=r"visual_transformer_blocks\.\d+",
+        unseen=1.25,
         **FOUR_IN_ONE,
     ),
 )

@@ -45,7 +45,7 @@ class ActivationMeter:
     """
 
     def __init__(self, network: torch.nn.Module, family: Family):
-        self._network, self._blocks = network, re.compile(family.blocks)
+        self._network, self._blocks, self._unseen = network, re.compile(family.blocks), family.unseen
         self._within: str | None = None
         self._of_block: dict[str, int] = {}
         self._inputs = self._outside = 0
@@ -53,7 +53,7 @@ class ActivationMeter:
     @property
     def memory(self) -> GradientMemory:
         """What a gradient pass over the same modules takes."""
-        inside = self._of_block.values()
+        inside = [round(self._unseen * size) for size in self._of_block.values()]
         plain = self._outside + sum(inside)
         return GradientMemory(plain, self._outside + self._inputs + max(inside, default=0))
 

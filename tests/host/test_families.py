@@ -1,5 +1,7 @@
 """The three methods on each family that the host loads: tiny models of its own classes, with random weights."""
 
+import contextlib
+
 import comfy.lora
 import comfy.samplers
 import comfy.sd
@@ -15,6 +17,7 @@ from spacetime_edit.host.distillation import SPATIAL, TEMPORAL, Distillation, ke
 from spacetime_edit.host.families import attention_layers, family_of
 from spacetime_edit.host.features import FeatureRecorder
 from spacetime_edit.host.gradients import latent_gradient, normal_tensor, predict
+from spacetime_edit.host.memory import ActivationMeter
 from spacetime_edit.host.region_patch import RegionModulation, patch_regions
 from spacetime_edit.host.region_prompt import Layout
 from spacetime_edit.host.relevance_matching import RelevanceMatching, lacks_for_relevance, str_score_of
@@ -23,6 +26,7 @@ from spacetime_edit.host.sampling import TrajectorySampler, invert
 from spacetime_edit.host.token_attention import token_attention
 from spacetime_edit.tests.host import support
 from spacetime_edit.tests.host.tiny_families import BY_NAME
+from spacetime_edit.tools.live_memory import PeakMemory
 
 MIDDLE = 0.5  # of the denoising
 PERCENT = 0.1  # where regions act strongly
@@ -241,6 +245,27 @@ def test_gradients_are_those_of_finite_differences(family, model, low_memory):
     expected = (4 * slope(0.05) - slope(0.1)) / 3
     assert abs(expected / float(found.norm()) - 1) <= 1e-3
     assert before.changed() == []
+
+
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_predicted_memory_is_what_a_gradient_takes(family, model, transformer, low_memory):
+    """Of a whole pass over a larger clip, within 0.8 and 1.4 of what lives at its peak."""
+    clip = torch.randn(*family.shape[:-2], 4 * family.shape[-2], 4 * family.shape[-1])
+
+    def at(guider, x, sigma, extra_args):
+        base, cond, own = guider.inner_model, guider.conds["positive"][0], family_of(model)
+        meter, recorder = ActivationMeter(base.diffusion_model, own), FeatureRecorder(frozenset())
+        with meter.open():
+            predict(base, x, sigma * x.new_ones(len(x)), cond, extra_args["model_options"])
+        tap = AttentionTap(model, [recorder], differentiable=True)
+        options = dict(model_options=tap.install(extra_args["model_options"]), mutates=own.mutates)
+        blocks = checkpointed(base.diffusion_model, own, tap, recorder) if low_memory else contextlib.nullcontext()
+        with PeakMemory() as peak, blocks:
+            latent_gradient(base, x, sigma, cond, lambda denoised: denoised.square().mean(), **options)
+        return meter.memory.total(checkpointing=low_memory) / peak.peak
+
+    guider = support.guider_of(model, family.conditioning())
+    assert 0.8 <= support.at_one_sigma(guider, clip, at, sigma_at(model, MIDDLE)) <= 1.4
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn], ids=str)

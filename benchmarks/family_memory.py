@@ -1,0 +1,204 @@
+"""Memory that a gradient through each family takes at its real size, predicted without weights.
+
+    python benchmarks/family_memory.py [--frames 17] [--height 320] [--width 512] [--json PATH]
+
+The network is built on the meta device and run once on shapes alone, and `host.memory.ActivationMeter` counts what its
+modules put out in bfloat16: what *STR Latent Optimizer* predicts before its first step. plain: all activations kept;
+low: block checkpointing (**memory** *low*); STR: up to the last block that the score looks at, which is where its pass
+ends. Weights and the score's own tiles are not in it. Mochi is missing: it reads values of the prompt's mask.
+"""
+# ruff: noqa: E402 (the pack is loaded before it is imported)
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
+from pack import load_pack
+
+load_pack()
+
+import comfy.ops
+from comfy.ldm.cogvideo.model import CogVideoXTransformer3DModel
+from comfy.ldm.cosmos.predict2 import MiniTrainDIT
+from comfy.ldm.hunyuan_video.model import HunyuanVideo
+from comfy.ldm.lightricks.model import LTXVModel
+from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from comfy.ldm.wan.model import WanModel
+from spacetime_edit.host.families import FAMILIES
+from spacetime_edit.host.loaders import lavie_model, unet3d_model
+from spacetime_edit.host.memory import ActivationMeter
+
+META = {"device": "meta", "dtype": torch.bfloat16, "operations": comfy.ops.disable_weight_init}
+ROWS = {family.name: family for family in FAMILIES}
+GIB = 2**30
+SD = dict(
+    image_size=32, in_channels=4, out_channels=4, model_channels=320, num_res_blocks=[2] * 4, channel_mult=[1, 2, 4, 4],
+    num_heads=8, use_spatial_transformer=True, context_dim=768, transformer_depth=[1] * 6 + [0] * 2,
+    transformer_depth_output=[1] * 9 + [0] * 3, transformer_depth_middle=1, use_linear_in_transformer=False,
+)  # fmt: skip
+ZEROSCOPE = dict(
+    in_channels=4, out_channels=4, block_out_channels=[320, 640, 1280, 1280], cross_attention_dim=1024,
+    attention_head_dim=64, layers_per_block=2, norm_num_groups=32,
+    down_block_types=["CrossAttnDownBlock3D"] * 3 + ["DownBlock3D"],
+    up_block_types=["UpBlock3D"] + ["CrossAttnUpBlock3D"] * 3,
+)  # fmt: skip
+LAVIE = dict(
+    in_channels=4, out_channels=4, block_out_channels=[320, 640, 1280, 1280], cross_attention_dim=768,
+    attention_head_dim=8, layers_per_block=2, down_block_types=["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+    up_block_types=["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+)  # fmt: skip
+
+
+def meta(shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.zeros(shape, device="meta", dtype=dtype)
+
+
+def attend(func, q, k, v, heads=None, *args, **kwargs):
+    """Shapes of attention; (B, N, H D) or (B, H, N, D)."""
+    if not kwargs.get("skip_reshape"):
+        return torch.empty_like(q)
+    out = torch.empty_like(q)
+    return out if kwargs.get("skip_output_reshape") else out.transpose(1, 2).flatten(2)
+
+
+OPTIONS = {"optimized_attention_override": attend, "cond_or_uncond": [0], "patches": {}}
+
+
+def u_net(build, channels: int, text: int):
+    def run(frames: int, height: int, width: int):
+        network = build().to(torch.bfloat16)
+        x, context = meta((frames, channels, height // 8, width // 8)), meta((frames, 77, text))
+        return network, lambda: network(x, meta((frames,)), context=context, transformer_options=dict(OPTIONS))
+
+    return run
+
+
+def transformer(build, channels: int, text: int, step: int, cell: int, tokens: int, **more):
+    def run(frames: int, height: int, width: int):
+        network = build()
+        latents = (frames - 1) // step + 1
+        x = meta((1, channels, latents, height // cell, width // cell))
+        given = {key: value() for key, value in more.items()}
+        return network, lambda: network(
+            x, meta((1,)), meta((1, tokens, text)), transformer_options=dict(OPTIONS), **given
+        )
+
+    return run
+
+
+def wan(dim: int, ffn: int, heads: int, layers: int):
+    return lambda: WanModel("t2v", in_dim=16, dim=dim, ffn_dim=ffn, num_heads=heads, num_layers=layers, **META)
+
+
+MODELS = {  # name: (family, how to build and run it)
+    "Zeroscope": ("UNet3D (Zeroscope, ModelScope)", u_net(lambda: unet3d_model.build(ZEROSCOPE), 4, 1024)),
+    "LaVie": ("LaVie", u_net(lambda: lavie_model.build(LAVIE), 4, 768)),
+    "SD 1.5": ("SD 1.5", u_net(lambda: UNetModel(**SD, **META), 4, 768)),
+    "CogVideoX 5B": (
+        "CogVideoX",
+        transformer(
+            lambda: CogVideoXTransformer3DModel(48, 64, num_layers=42, use_rotary_positional_embeddings=True, **META),
+            16, 4096, 4, 8, 226,
+        ),
+    ),
+    "Wan 1.3B": ("Wan", transformer(wan(1536, 8960, 12, 30), 16, 4096, 4, 8, 512)),
+    "Wan 14B": ("Wan", transformer(wan(5120, 13824, 40, 40), 16, 4096, 4, 8, 512)),
+    "LTX-Video 2B": (
+        "LTX-Video",
+        transformer(
+            lambda: LTXVModel(num_layers=28, **META), 128, 4096, 8, 32, 256,
+            attention_mask=lambda: meta((1, 256), torch.long),
+        ),
+    ),
+    "HunyuanVideo": (
+        "HunyuanVideo",
+        transformer(
+            lambda: HunyuanVideo(
+                in_channels=16, patch_size=[1, 2, 2], out_channels=16, vec_in_dim=768, axes_dim=[16, 56, 56],
+                meanflow=False, context_in_dim=4096, hidden_size=3072, mlp_ratio=4.0, num_heads=24, depth=20,
+                depth_single_blocks=40, theta=256, qkv_bias=True, byt5=False, guidance_embed=True,
+                use_cond_type_embedding=False, vision_in_dim=None, meanflow_sum=False, **META,
+            ),
+            16, 4096, 4, 8, 256, y=lambda: meta((1, 768)), guidance=lambda: meta((1,)),
+        ),
+    ),
+    "Cosmos Predict2 2B": (
+        "Cosmos Predict2",
+        transformer(
+            lambda: MiniTrainDIT(
+                max_img_h=240, max_img_w=240, max_frames=128, in_channels=16, out_channels=16, patch_spatial=2,
+                patch_temporal=1, model_channels=2048, concat_padding_mask=True, crossattn_emb_channels=1024,
+                pos_emb_cls="rope3d", pos_emb_learnable=True, pos_emb_interpolation="crop", min_fps=1, max_fps=30,
+                use_adaln_lora=True, adaln_lora_dim=256, num_blocks=28, num_heads=16,
+                extra_per_block_abs_pos_emb=False, **META,
+            ),
+            16, 1024, 4, 8, 512,
+        ),
+    ),
+}  # fmt: skip
+
+
+class _Seen(Exception):
+    """The last block that the score looks at has run."""
+
+
+def predicted(family, network, call, last: str | None = None) -> tuple[float, float]:
+    """GiB of a gradient that keeps all activations, and of one that keeps blocks' inputs; last: where it ends."""
+    meter = ActivationMeter(network, family)
+    with meter.open():
+        handle = None
+
+        def end(*_):
+            raise _Seen
+
+        if last is not None:
+            handle = network.get_submodule(last).register_forward_hook(end)
+        try:
+            call()
+        except _Seen:
+            pass
+        finally:
+            if handle is not None:
+                handle.remove()
+    memory = meter.memory
+    return memory.plain / GIB, memory.checkpointed / GIB
+
+
+def last_block(family) -> str | None:
+    """Of a transformer, by its family's row."""
+    path = {"HunyuanVideo": "double_blocks.1", "LTX-Video": "transformer_blocks.1"}.get(family.name, "blocks.1")
+    return path if family.patched else None
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--frames", type=int, default=17)
+    parser.add_argument("--height", type=int, default=320)
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    size = arguments.frames, arguments.height, arguments.width
+    print(f"{arguments.frames} frames of {arguments.width} x {arguments.height}, bfloat16, GiB beyond the weights\n")
+    print(f"{'':22}{'plain':>9}{'low':>9}{'STR plain':>12}{'STR low':>10}")
+    report = {}
+    for name, (row, build) in MODELS.items():
+        family = ROWS[row]
+        with torch.no_grad():
+            network, call = build(*size)
+            whole = predicted(family, network, call)
+            score = predicted(family, network, call, last_block(family)) if family.patched else whole
+        report[name] = {"plain": whole[0], "low": whole[1], "STR plain": score[0], "STR low": score[1]}
+        print(f"{name:22}{whole[0]:9.1f}{whole[1]:9.1f}{score[0]:12.1f}{score[1]:10.1f}", flush=True)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
