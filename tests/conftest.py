@@ -83,7 +83,9 @@ def as_comfyui(request: pytest.FixtureRequest):
 @pytest.fixture(scope="session")
 def live_server(tmp_path_factory: pytest.TempPathFactory):
     """One real ComfyUI server for the whole session."""
+    from spacetime_edit.tools.other_packs import other_packs
     from spacetime_edit.tools.server import LiveServer
 
-    with LiveServer(loader.host_path(), tmp_path_factory.mktemp("server")) as server:
+    folder = tmp_path_factory.mktemp("server")
+    with other_packs() as others, LiveServer(loader.host_path(), folder, **others) as server:
         yield server

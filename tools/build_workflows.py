@@ -2,6 +2,8 @@
 
     python tools/build_workflows.py && python tools/export_api.py && python tools/build_thumbnails.py
 
+Templates with nodes of another pack are written only where that pack is: ADE_PATH names AnimateDiff-Evolved's folder.
+
 Node definitions come from a live server, so that sockets and widgets are those of the host. What the notes say is in
 `template_notes`.
 """
@@ -15,6 +17,7 @@ from typing import NamedTuple
 
 import template_settings as use
 from graphs import Graph, Node, Output
+from other_packs import is_there, other_packs
 from pack import host_path
 from server import LiveServer
 from template_notes import ABOUT, TRY
@@ -357,15 +360,33 @@ def wan(graph: Graph) -> None:
     match_real(graph, *load_wan(graph), "wan", use.WAN_CFG)
 
 
-def wan_regions(graph: Graph, name: str) -> None:
-    """ST-Layout on Wan 2.1: two objects, each by boxes and a phrase."""
-    model, parts, clip = load_wan(graph)
+def animatediff(graph: Graph, name: str, *, regions: bool) -> None:
+    """STR-Match, or ST-Layout, on SD 1.5 with a motion model of AnimateDiff-Evolved."""
+    graph.group("Load")
+    checkpoint = graph.add("CheckpointLoaderSimple", "SD 1.5, or a finetune of it", ckpt_name=use.SD15)
+    checkpoint.models = [{"name": use.SD15, "url": use.SD15_URL, "directory": "checkpoints"}]
+    motion = graph.add("ADE_LoadAnimateDiffModel", model_name=use.MOTION)
+    motion.models = [{"name": use.MOTION, "url": use.MOTION_URL, "directory": "animatediff_models"}]
+    file = graph.add("LoadVideo", title="Your clip: choose a file", file="")
+    graph.column()
+    applied = graph.add("ADE_ApplyAnimateDiffModelSimple", motion_model=motion["MOTION_MODEL"])
+    evolved = graph.add("ADE_UseEvolvedSampling", model=checkpoint["MODEL"], m_models=applied["M_MODELS"])
+    parts = graph.add("GetVideoComponents", video=file["VIDEO"])
+    size = {"max_frames": use.SD15_FRAMES, "max_side": use.SD15_SIDE}
+    clip = graph.add("STE_FitClipToModel", images=parts["images"], model=evolved["MODEL"], **size)
+    model = {"MODEL": evolved["MODEL"], "CLIP": checkpoint["CLIP"], "VAE": checkpoint["VAE"]}
+    edit = edit_by_boxes if regions else match_real
+    edit(graph, model, parts, clip, name)
+
+
+def edit_by_boxes(graph: Graph, model: dict, parts: Node, clip: Node, name: str, cfg: float = 7.5) -> None:
+    """ST-Layout on real weights: two objects, each by boxes and a phrase."""
     graph.group("Invert")
     positive, latent = encode(graph, model, clip["images"], use.SD15_SOURCE)
     trajectory = inversion(graph, model, positive, latent["LATENT"], 50)
     graph.group("Regions")
     chain = None
-    for boxes, phrase in zip((use.WAN_LEFT, use.WAN_RIGHT), use.SD15_PHRASES.split("\n"), strict=True):
+    for boxes, phrase in zip((use.LEFT_BOXES, use.RIGHT_BOXES), use.SD15_PHRASES.split("\n"), strict=True):
         mask = graph.add("STE_MaskFromBoxes", phrase, images=clip["images"], boxes=boxes)["mask"]
         before = {} if chain is None else {"regions": chain["regions"]}
         chain = graph.add("STE_RegionPrompt", phrase, mask=mask, phrase=phrase, **before)
@@ -381,7 +402,7 @@ def wan_regions(graph: Graph, name: str) -> None:
     sampler = graph.add("STE_SampleFromTrajectory", **where)
     source = Source({"MODEL": patched["model"]}, latent["LATENT"], trajectory)
     conds = {"CONDITIONING": positive["conditioning"]}, negative
-    edited = result(graph, model, sample(graph, source, conds, sampler["sampler"], use.WAN_CFG))
+    edited = result(graph, model, sample(graph, source, conds, sampler["sampler"], cfg))
     graph.column()
     pair = graph.add("ImageStitch", title="Clip | edit", image1=clip["images"], image2=edited)
     film = graph.add("CreateVideo", images=pair["IMAGE"], fps=parts["fps"])
@@ -578,7 +599,12 @@ TEMPLATES: dict[str, tuple[str, Callable]] = {  # name: key of the notes and of 
     "Swap an object - STR-Match (LaVie)": ("lavie", lambda graph, name: lavie(graph)),
     "Swap an object - STR-Match (CogVideoX)": ("cogvideox", lambda graph, name: cogvideox(graph)),
     "Swap an object - STR-Match (Wan)": ("wan", lambda graph, name: wan(graph)),
-    "Several objects - ST-Layout (Wan)": ("wan_regions", wan_regions),
+    "Several objects - ST-Layout (Wan)": (
+        "wan_regions",
+        lambda graph, name: edit_by_boxes(graph, *load_wan(graph), name, use.WAN_CFG),
+    ),
+    "Swap an object - STR-Match (AnimateDiff)": ("animatediff", partial(animatediff, regions=False)),
+    "Several objects - ST-Layout (AnimateDiff)": ("animatediff_regions", partial(animatediff, regions=True)),
     "Restyle a clip - DreamMotion (Zeroscope)": ("dds_zeroscope", lambda graph, name: dds_zeroscope(graph)),
     "Restyle key frames in pixels - DreamMotion (Show-1)": ("dds_show1", lambda graph, name: dds_show1(graph)),
     "Several objects - ST-Layout with ControlNet (SD 1.5)": ("sd15", partial(sd15, tracked=False)),
@@ -592,9 +618,11 @@ TEMPLATES: dict[str, tuple[str, Callable]] = {  # name: key of the notes and of 
 
 
 def main() -> None:
-    with LiveServer(host_path()) as server:
+    with other_packs() as others, LiveServer(host_path(), **others) as server:
         definitions = server.get("/object_info")
     for name, (key, build) in TEMPLATES.items():
+        if not is_there(name):
+            continue
         graph = Graph(name, definitions)
         build(graph, key)
         graph.note("About", ABOUT[key])

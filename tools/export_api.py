@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 
 from browser import Browser
+from other_packs import is_there, other_packs
 from pack import host_path
 from server import LiveServer
 from templates import api_path, read, templates
 
 
 def main() -> None:
-    with LiveServer(host_path()) as server, Browser() as browser:
+    with other_packs() as others, LiveServer(host_path(), **others) as server, Browser() as browser:
         browser.open_comfy(server.url)
         for template in templates():
+            if not is_there(template.stem):
+                continue
             browser.load_graph(read(template))
             path = api_path(template)
             path.parent.mkdir(exist_ok=True)

@@ -62,11 +62,19 @@ class LiveServer:
 
     host: the ComfyUI folder, with this pack linked into its custom_nodes.
     folder: keeps output/, input/, temp/, user/ and server.log; default a temporary one, removed at the end.
-    arguments: more arguments of ComfyUI's main.py. Without any accelerator `--cpu` is added.
+    arguments: more arguments of ComfyUI's main.py. Without any accelerator `--cpu` is added. others: names of more
+    packs that it may load.
     """
 
-    def __init__(self, host: Path, folder: Path | None = None, arguments: Sequence[str] = (), port: int = 0):
-        self.host, self.arguments = Path(host), list(arguments)
+    def __init__(
+        self,
+        host: Path,
+        folder: Path | None = None,
+        arguments: Sequence[str] = (),
+        port: int = 0,
+        others: Sequence[str] = (),
+    ):
+        self.host, self.arguments, self._packs = Path(host), list(arguments), [PACK_NAME, *others]
         self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._temporary = folder is None
@@ -90,7 +98,7 @@ class LiveServer:
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "main.py", "--listen", "127.0.0.1", "--port", self.port]
         command += ["--disable-auto-launch", "--disable-api-nodes"]
-        command += ["--disable-all-custom-nodes", "--whitelist-custom-nodes", PACK_NAME]
+        command += ["--disable-all-custom-nodes", "--whitelist-custom-nodes", *self._packs]
         command += ["--temp-directory", self.folder]  # ComfyUI appends temp/
         for name in ("output", "input", "user"):
             command += [f"--{name}-directory", self.folder / name]

@@ -14,6 +14,7 @@ from template_settings import (
     LAVIE_FRAMES,
     LAVIE_SIDE,
     LAVIE_URL,
+    MOTION,
     PARTS_TRACKED,
     SAM3,
     SD15,
@@ -233,6 +234,20 @@ files: `diffusion_models/{WAN}`, text encoder and VAE. Press **R**, choose your 
 
 **Fit Clip to Model** takes the first {WAN_FRAMES} frames (always 4 n + 1) and scales the longest side to \
 {WAN_SIDE}.""",
+    "animatediff": f"""## STR-Match on AnimateDiff
+Stable Diffusion 1.5, or a finetune of it, with a motion model. Install **AnimateDiff-Evolved** with ComfyUI Manager; \
+the template offers `checkpoints/{SD15}` and `animatediff_models/{MOTION}`. Press **R**, choose your clip, write what \
+it shows and what it should show, and run. *Predict Cost* says first how long it will take: cancel if that is too long.
+
+**Fit Clip to Model** takes the first {SD15_FRAMES} frames, which motion models are made for, and scales the longest \
+side to {SD15_SIDE}. Inversion and edit get the same model from *Use Evolved Sampling*.""",
+    "animatediff_regions": f"""## Regions on AnimateDiff
+Each phrase of the prompt stays in its region. Install **AnimateDiff-Evolved** with ComfyUI Manager; the template \
+offers `checkpoints/{SD15}` and `animatediff_models/{MOTION}`. Press **R**, choose your clip and write its prompt.
+
+1. **Mask from Boxes** holds one line a key frame, *frame: x, y, width, height*; between them the box moves.
+2. Each **Region Prompt** ties a phrase to its mask; *Preview Regions* shows both over the clip.
+3. **ST-Layout Attention Patch** goes behind *Use Evolved Sampling*; outside the regions the clip stays.""",
     "cogvideox": f"""## STR-Match on CogVideoX
 A transformer whose attention sees all frames at once; the score takes it from the first two blocks, as the paper \
 does. **Download** the two files of [the folder transformer]({COGVIDEOX_URL.replace("/resolve/", "/tree/")}) of \
@@ -365,6 +380,17 @@ stays.""",
 - **layers** *b0* in *Capture STR Score* if memory is short: one block less to match.
 - a **mask** (white = edit) on *Fit Clip to Model*, from there to *STR Latent Optimizer*: the rest of the picture \
 stays.""",
+    "animatediff": """### Try
+- **lambda** 0.005 to 0.05. Smaller: more of the prompt. Larger: more of the clip's motion and background.
+- **layers** *m0* in *Capture STR Score* if memory is short.
+- a finetune of SD 1.5 in the style that you want, and its LoRAs.
+- a **mask** (white = edit) on *Fit Clip to Model*, from there to *STR Latent Optimizer*: the rest of the picture \
+stays.""",
+    "animatediff_regions": """### Try
+- **cross_strength** 1.5 if a phrase does not come; 0 and 0: the prompt alone.
+- **temporal_strength** 1 if an object that moves takes the looks of the region it leaves.
+- masks by SAM3 instead of boxes: *SAM3 Video Track* and *Regions from Masks*, as in the template for SD 1.5.
+- *STR Latent Optimizer* in place of *Sample from Trajectory*: motion is held too.""",
     "wan_regions": """### Try
 - **cross_strength** 1.5 if a phrase does not come; 0 and 0: the prompt alone.
 - masks by SAM3 instead of boxes: *SAM3 Video Track* and *Regions from Masks*, as in the template for SD 1.5.

@@ -1,13 +1,15 @@
 """Every template on a live server: tiny ones run to their end, the others lack only model files."""
 
 import pytest
+from spacetime_edit.tools.other_packs import OTHER_PACK, is_there
 from spacetime_edit.tools.server import PromptRejected
 from spacetime_edit.tools.templates import WORKFLOWS, api_path, is_tiny, model_files, read, templates
 
 pytestmark = pytest.mark.workflows
 
 TINY = [template for template in templates() if is_tiny(template)]
-REAL = [template for template in templates() if not is_tiny(template)]
+REAL = [template for template in templates() if not is_tiny(template) and is_there(template.stem)]
+OF_OTHERS = [template for template in templates() if OTHER_PACK in template.stem]
 MISSING_FILE = "value_not_in_list"
 
 
@@ -41,3 +43,12 @@ def test_real_template_lacks_only_its_model_files(live_server, template):
         assert {error["type"] for error in errors} == {MISSING_FILE}, rejected
         missing = {error["extra_info"]["received_value"] for error in errors}
         assert missing <= declared, f"not in properties.models: {missing - declared}"
+
+
+@pytest.mark.parametrize("template", OF_OTHERS, ids=lambda template: template.stem)
+def test_template_with_another_pack_needs_that_pack_alone(live_server, template):
+    """Where it is not installed, its nodes are all that the server lacks."""
+    known = set(live_server.get("/object_info"))
+    lacking = {node["class_type"] for node in read(api_path(template)).values()} - known
+    assert all(name.startswith("ADE_") for name in lacking)
+    assert bool(lacking) != is_there(template.stem)
