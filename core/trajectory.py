@@ -13,8 +13,10 @@ from .parametrization import NoiseSpace
 class Trajectory:
     """z_t of the source clip for every sigma, and what made them.
 
-    sigmas: (S + 1,) falling to 0; latents: (S + 1, *latent), in the model's own scale, latents[k] at sigmas[k].
-    model and conditioning are the host's objects that the inversion used; core never looks inside.
+    sigmas: (S + 1,) falling, to 0 but in the noisy part of an inversion by two models, which goes on from where the
+    first ended; latents: (S + 1, *latent), in the model's own scale, latents[k] at sigmas[k]. model and conditioning
+    are the host's objects that the inversion used; core never looks inside. z0: the clean latent, where it is not the
+    last of `latents`; whole: steps of the whole schedule, where this is a part.
     """
 
     latents: Tensor
@@ -22,10 +24,27 @@ class Trajectory:
     space: NoiseSpace
     model: Any
     conditioning: Any
+    z0: Tensor | None = None
+    whole: int | None = None
 
     @property
     def steps(self) -> int:
         return len(self.sigmas) - 1
+
+    @property
+    def schedule_steps(self) -> int:
+        """Steps of the whole schedule."""
+        return self.whole or self.steps
+
+    @property
+    def is_part(self) -> bool:
+        """Whether another model has, or is to have, the rest of the schedule."""
+        return self.schedule_steps != self.steps
+
+    @property
+    def clean(self) -> Tensor:
+        """The clip's latent without noise."""
+        return self.latents[-1] if self.z0 is None else self.z0
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -173,7 +173,7 @@ class RelevanceMatching:
         x = descend(
             x,
             matcher.gradient,
-            strength=self.strength * STEPS_OF_LAMBDA / self.score.trajectory.steps,
+            strength=self.strength * STEPS_OF_LAMBDA / self.score.trajectory.schedule_steps,
             scale=step.space.latent_scale(step.sigma),
             rule=self.rule,
             iterations=self.iterations,

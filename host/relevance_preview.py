@@ -86,7 +86,7 @@ def query_region(
 
 def check_images(images: Tensor, trajectory: Trajectory) -> None:
     """ValueError unless `images` (F, H, W, 3) has the trajectory's frames and, to a latent cell, its aspect ratio."""
-    latent = trajectory.latents[-1]
+    latent = trajectory.clean
     frames, (height, width) = frame_count(latent), latent.shape[-2:]
     if images.shape[0] != frames:
         raise ValueError(

@@ -32,6 +32,7 @@ from ..core.parametrization import (
 from ..core.trajectory import Trajectory
 from .conditioning import check_picture
 from .families import noise_space
+from .fingerprint import CLIP_TOLERANCE
 from .inflation import inflation_of
 from .latents import check_clip_latent, grid_mask_of, mask_like
 
@@ -69,7 +70,7 @@ class Run:
     def source_conds(self) -> list[dict]:
         """The conditioning of the inversion, processed for this run."""
         patcher = self.guider.model_patcher
-        latent = self.trajectory.latents[-1].to(patcher.load_device)
+        latent = self.trajectory.clean.to(patcher.load_device)
         self._conds = {"positive": comfy.sampler_helpers.convert_cond(self.trajectory.conditioning)}
         self._models, memory = comfy.sampler_helpers.get_additional_models(self._conds, patcher.model_dtype())
         if self._models:
@@ -138,7 +139,8 @@ class TrajectorySampler(comfy.samplers.Sampler):
     """Samples from the latents of an inversion, whatever noise is connected (decision D1).
 
     mask: (F, H, W), 1 = edit, any size; dilation in source pixels. Outside it the latent follows the source. A function
-    of `before_step` may have `check(mask)`, which raises ValueError before the first step.
+    of `before_step` may have `check(mask)`, which raises ValueError before the first step. goes_on: starts from the
+    latent that is connected, which an edit by another model of the same schedule left at the first sigma.
     """
 
     REMEMBERED = 4
@@ -152,8 +154,9 @@ class TrajectorySampler(comfy.samplers.Sampler):
         dilation: float = 0.0,
         blend_source: BlendSource = "trajectory",
         before_step: Sequence[StepFunction] = (),
+        goes_on: bool = False,
     ):
-        self.trajectory = trajectory
+        self.trajectory, self.goes_on = trajectory, goes_on
         self.before_step = tuple(before_step)
         self.dilation, self.blend_source = dilation, blend_source
         self.grid = None if mask is None else grid_mask(mask, trajectory, dilation)
@@ -183,7 +186,8 @@ class TrajectorySampler(comfy.samplers.Sampler):
         denoise_mask=None,
         disable_pbar=False,
     ):
-        if sigmas[-1] > 0:
+        sampling = model_wrap.inner_model.model_sampling
+        if sigmas[-1] > 0 and not torch.isclose(sigmas[-1].cpu(), self.trajectory.sigmas[-1].cpu()):
             log.warning(
                 "sigmas: they end at %.3g, so the result is still noisy; for a later start, take the low_sigmas "
                 "of SplitSigmas",
@@ -200,6 +204,8 @@ class TrajectorySampler(comfy.samplers.Sampler):
             return self.trajectory.latents[first + k].to(noise)
 
         x, last = source(0).clone(), len(sigmas) - 1
+        if self.goes_on:
+            x = sampling.noise_scaling(sigmas[0], torch.zeros_like(noise), latent_image)
         with contextlib.closing(run):
             for k in range(last):
                 comfy.model_management.throw_exception_if_processing_interrupted()
@@ -212,7 +218,7 @@ class TrajectorySampler(comfy.samplers.Sampler):
                     x, denoised = function(x, step), function.shown(denoised, step)
                 if callback is not None:
                     callback(k, denoised, x, last)
-        x = model_wrap.inner_model.model_sampling.inverse_noise_scaling(sigmas[-1], x)
+        x = sampling.inverse_noise_scaling(sigmas[-1], x)
         if run.records:
             self._finished.append((model_wrap.inner_model.process_latent_out(x.float()).cpu(), run.records))
         return x
@@ -267,20 +273,23 @@ class LatentBlend:
     def __call__(self, x: Tensor, step: Step) -> Tensor:
         source = step.source_next
         if self._source == "re-noised source":
-            clean = step.run.trajectory.latents[-1].to(x)
+            clean = step.run.trajectory.clean.to(x)
             source = add_noise(clean, step.run.renoise.to(x), step.sigma_next, step.space)
         return blend(source, x, mask_like(self._mask, x))
 
     def shown(self, denoised: Tensor, step: Step) -> Tensor:
         """The prediction of x0 as previews and `denoised_output` show it: the clean source outside the mask."""
-        return blend(step.run.trajectory.latents[-1].to(denoised), denoised, mask_like(self._mask, denoised))
+        return blend(step.run.trajectory.clean.to(denoised), denoised, mask_like(self._mask, denoised))
 
 
 class InversionSampler(comfy.samplers.Sampler):
-    """DDIM inversion of `latent_image` over rising sigmas; keeps every latent in `latents`, clean one first."""
+    """DDIM inversion of `latent_image` over rising sigmas; keeps every latent in `latents`, clean one first.
 
-    def __init__(self, space: NoiseSpace, refinements: int):
-        self.space, self.refinements = space, refinements
+    begin: go on from this latent at the first sigma instead.
+    """
+
+    def __init__(self, space: NoiseSpace, refinements: int, begin: Tensor | None = None):
+        self.space, self.refinements, self.begin = space, refinements, begin
         self.latents: list[Tensor] = []
 
     def sample(
@@ -299,7 +308,7 @@ class InversionSampler(comfy.samplers.Sampler):
             return model_wrap(x, sigma * x.new_ones(x.shape[0]), **extra_args)
 
         extra_args["model_options"]["transformer_options"][SOURCE_RUN] = True
-        x, last = latent_image, len(sigmas) - 1
+        x, last = latent_image if self.begin is None else self.begin.to(latent_image), len(sigmas) - 1
         self.latents = [x]
         for k in range(last):
             x, denoised = ddim_inversion_step(x, denoise, sigmas[k], sigmas[k + 1], self.space, self.refinements)
@@ -309,11 +318,23 @@ class InversionSampler(comfy.samplers.Sampler):
         return x
 
 
-def invert(model, positive, latent: Tensor, sigmas: Tensor, *, refinements: int = 1, callback=None) -> Trajectory:
+def invert(
+    model,
+    positive,
+    latent: Tensor,
+    sigmas: Tensor,
+    *,
+    refinements: int = 1,
+    callback=None,
+    to_percent: float = 0.0,
+    before: Trajectory | None = None,
+) -> Trajectory:
     """DDIM inversion of one clip at CFG 1 with the source conditioning.
 
     latent: [F, C, h, w] or [1, C, F, h, w] as in the graph; sigmas: (S + 1,) falling to 0. Costs S (1 + refinements)
-    model calls and keeps S + 1 latents. ValueError for a latent that is not a clip of this model.
+    model calls and keeps S + 1 latents. to_percent: progress of denoising in [0, 1] up to whose noise to go, of a
+    schedule that another model has the rest of; before: the part that such a model has inverted, from whose noisiest
+    latent this one goes on. ValueError for a latent that is no clip of this model, or not that of `before`.
     """
     check_clip_latent(latent, model)
     if not positive:
@@ -322,14 +343,52 @@ def invert(model, positive, latent: Tensor, sigmas: Tensor, *, refinements: int 
     space = noise_space(model)
     if space is NoiseSpace.RF:
         sigmas = sigmas.clamp(max=RF_SIGMA_MAX)
+    whole = len(sigmas) - 1
+    sigmas = _part_of(sigmas, model, space, latent, to_percent, before)
     guider = comfy.samplers.CFGGuider(model)
     guider.inner_set_conds({"positive": positive})
     guider.set_cfg(1.0)
-    sampler = InversionSampler(space, refinements)
+    begin = None if before is None else before.latents[0]
+    sampler = InversionSampler(space, refinements, begin)
     guider.sample(torch.zeros_like(latent), latent, sampler, sigmas.flip(0), callback=callback, seed=0)
     store = comfy.model_management.intermediate_device()
     latents = torch.stack(sampler.latents[::-1]).to(store)
-    return Trajectory(latents, sigmas.cpu(), space, model, positive)
+    part = {} if len(sigmas) == whole + 1 else {"whole": whole}
+    part |= {} if before is None else {"z0": before.clean}
+    return Trajectory(latents, sigmas.cpu(), space, model, positive, **part)
+
+
+def _part_of(
+    sigmas: Tensor, model, space: NoiseSpace, latent: Tensor, to_percent: float, before: Trajectory | None
+) -> Tensor:
+    """Those of the schedule that this inversion has."""
+    if not 0 <= to_percent < 1:
+        raise ValueError(f"to_percent: it is {to_percent}; expected 0 for the whole schedule, or less than 1")
+    highest = float(model.get_model_object("model_sampling").percent_to_sigma(to_percent))
+    part = sigmas[sigmas <= highest] if to_percent else sigmas
+    if before is not None:
+        given = model.model.process_latent_in(latent.float()) if latent.count_nonzero() else latent.float()
+        clean = before.clean.float().cpu()
+        if given.shape != clean.shape or (given.cpu() - clean).abs().max() > CLIP_TOLERANCE:
+            raise ValueError("latent: it is not the clip of the connected trajectory; connect the same latent to both")
+        if before.space is not space:
+            raise ValueError(
+                f"trajectory: it was made in the noise space {before.space.name}, this model samples in {space.name}; "
+                f"two models that share a schedule share that"
+            )
+        reached = before.sigmas[0].to(sigmas)
+        near = torch.isclose(part, reached, rtol=1e-4)
+        if not near.any() or near[0]:
+            raise ValueError(
+                f"trajectory: its noisiest sigma is {float(reached):.4g}, which is no step of this schedule below its "
+                f"first; use the same steps, scheduler and shift for both, and to_percent above 0 in the first"
+            )
+        part = part[: int(near.nonzero()[0]) + 1]
+    if len(part) < 2:
+        raise ValueError(
+            f"to_percent: at {to_percent} none of the {len(sigmas) - 1} steps is left; choose a smaller one"
+        )
+    return part
 
 
 def reconstruct(trajectory: Trajectory, callback=None) -> Tensor:
@@ -347,7 +406,7 @@ def grid_mask(mask: Tensor, trajectory: Trajectory, dilation: float) -> Tensor:
 
     ValueError unless it has one frame or the trajectory's, and the dilation is a length.
     """
-    return grid_mask_of(mask, trajectory.latents[-1], trajectory.model, dilation)
+    return grid_mask_of(mask, trajectory.clean, trajectory.model, dilation)
 
 
 def _frames_of(denoise_mask: Tensor) -> Tensor:

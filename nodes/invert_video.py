@@ -57,6 +57,24 @@ class InvertVideo(io.ComfyNode):
                     tooltip="Also sample back with the source prompt and report how well the clip returns, in dB of "
                     "the latent. Costs as much as one plain sampling.",
                 ),
+                io.Float.Input(
+                    "to_percent",
+                    default=0.0,
+                    optional=True,
+                    min=0.0,
+                    max=0.99,
+                    step=0.01,
+                    advanced=True,
+                    tooltip="How far up to go: 0 = to pure noise. Above 0 for the low-noise model of a pair such as "
+                    "Wan 2.2's: the part of the denoising that the other model has. A second Invert Video goes on.",
+                ),
+                TRAJECTORY_TYPE.Input(
+                    "trajectory",
+                    optional=True,
+                    advanced=True,
+                    tooltip="What the low-noise model of a pair has inverted: this model goes on from there to noise. "
+                    "The same latent, steps and scheduler for both.",
+                ),
             ],
             outputs=[
                 TRAJECTORY_TYPE.Output(
@@ -73,7 +91,18 @@ class InvertVideo(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, positive, latent, steps, scheduler, refinements, check_reconstruction) -> io.NodeOutput:
+    def execute(
+        cls,
+        model,
+        positive,
+        latent,
+        steps,
+        scheduler,
+        refinements,
+        check_reconstruction,
+        to_percent=0.0,
+        trajectory=None,
+    ) -> io.NodeOutput:
         import comfy.samplers
         from latent_preview import prepare_callback
 
@@ -82,8 +111,13 @@ class InvertVideo(io.ComfyNode):
 
         family_of(model)
         sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), scheduler, steps)
+        if check_reconstruction and (to_percent or trajectory is not None):
+            raise ValueError("check_reconstruction: a part of a schedule does not lead back to the clip; turn it off")
         callback = prepare_callback(model, len(sigmas) - 1)
-        trajectory = invert(model, positive, latent["samples"], sigmas, refinements=refinements, callback=callback)
+        part = {"to_percent": to_percent, "before": trajectory}
+        trajectory = invert(
+            model, positive, latent["samples"], sigmas, refinements=refinements, callback=callback, **part
+        )
         if not check_reconstruction:
             return io.NodeOutput(trajectory, trajectory.sigmas)
         returned = reconstruct(trajectory, prepare_callback(model, trajectory.steps))

@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from .types import TRAJECTORY_TYPE, mask_inputs
+from .types import TRAJECTORY_TYPE, goes_on_input, mask_inputs
 
 
 class SampleFromTrajectory(io.ComfyNode):
@@ -20,12 +20,14 @@ class SampleFromTrajectory(io.ComfyNode):
             inputs=[
                 TRAJECTORY_TYPE.Input("trajectory", tooltip="The inverted clip, from Invert Video."),
                 *mask_inputs(),
+                goes_on_input(),
             ],
             outputs=[io.Sampler.Output(display_name="sampler", tooltip="Connect it to SamplerCustomAdvanced.")],
         )
 
     @classmethod
-    def execute(cls, trajectory, dilation, blend, mask=None) -> io.NodeOutput:
+    def execute(cls, trajectory, dilation, blend, mask=None, goes_on=False) -> io.NodeOutput:
         from ..host.sampling import TrajectorySampler
 
-        return io.NodeOutput(TrajectorySampler(trajectory, mask=mask, dilation=dilation, blend_source=blend))
+        where = {"mask": mask, "dilation": dilation, "blend_source": blend}
+        return io.NodeOutput(TrajectorySampler(trajectory, goes_on=goes_on, **where))

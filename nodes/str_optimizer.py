@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from .types import SCORE_TYPE, mask_inputs, valid_window
+from .types import SCORE_TYPE, goes_on_input, mask_inputs, valid_window
 
 
 class STRLatentOptimizer(io.ComfyNode):
@@ -85,6 +85,7 @@ class STRLatentOptimizer(io.ComfyNode):
                     tooltip="low: compute activations again instead of keeping them: a third of the memory or less, "
                     "and somewhat slower. auto: only when memory is short.",
                 ),
+                goes_on_input(),
             ],
             outputs=[io.Sampler.Output(display_name="sampler", tooltip="Connect it to SamplerCustomAdvanced.")],
         )
@@ -94,13 +95,27 @@ class STRLatentOptimizer(io.ComfyNode):
         return valid_window(start_percent, end_percent)
 
     @classmethod
-    def execute(cls, score, strength, dilation, blend, mask=None, *, start_percent, end_percent, step_rule, **settings):
+    def execute(
+        cls,
+        score,
+        strength,
+        dilation,
+        blend,
+        mask=None,
+        goes_on=False,
+        *,
+        start_percent,
+        end_percent,
+        step_rule,
+        **settings,
+    ):
         from ..host.relevance_matching import NEW_CONTENT, RelevanceMatching, redraw_noise
         from ..host.sampling import TrajectorySampler
 
         matching = RelevanceMatching(score, strength, start=start_percent, end=end_percent, rule=step_rule, **settings)
         before_step = [redraw_noise, matching] if matching.task in NEW_CONTENT else [matching]
-        sampler = TrajectorySampler(
-            score.trajectory, mask=mask, dilation=dilation, blend_source=blend, before_step=before_step
-        )
+        if goes_on:  # the first model has drawn the new noise
+            before_step = [matching]
+        where = {"mask": mask, "dilation": dilation, "blend_source": blend}
+        sampler = TrajectorySampler(score.trajectory, before_step=before_step, goes_on=goes_on, **where)
         return io.NodeOutput(sampler)

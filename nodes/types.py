@@ -39,6 +39,18 @@ def mask_inputs() -> list:
     ]
 
 
+def goes_on_input() -> io.Boolean.Input:
+    """Whether a sampler goes on with an unfinished edit: the same input on every sampler of a trajectory."""
+    return io.Boolean.Input(
+        "goes_on",
+        default=False,
+        optional=True,
+        advanced=True,
+        tooltip="For the low-noise model of a pair such as Wan 2.2's: go on from the latent that is connected to "
+        "SamplerCustomAdvanced, which the other model's edit left unfinished. Off: start from the inverted clip.",
+    )
+
+
 def regions_input() -> REGIONS_TYPE.Input:
     """Regions to add to: the same input on every node that makes some."""
     return REGIONS_TYPE.Input(

@@ -8,6 +8,7 @@ import comfy.sd
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
+from spacetime_edit.core.parametrization import noise_fraction
 from spacetime_edit.core.regions import Region
 from spacetime_edit.core.relevance import matching_loss
 from spacetime_edit.host.attention_tap import AttentionTap
@@ -24,6 +25,7 @@ from spacetime_edit.host.relevance_matching import RelevanceMatching, lacks_for_
 from spacetime_edit.host.relevance_preview import chosen_blocks
 from spacetime_edit.host.sampling import TrajectorySampler, invert
 from spacetime_edit.host.token_attention import token_attention
+from spacetime_edit.host.trajectory_files import save_trajectory
 from spacetime_edit.tests.host import support
 from spacetime_edit.tests.host.tiny_families import BY_NAME
 from spacetime_edit.tools.live_memory import PeakMemory
@@ -468,6 +470,43 @@ def test_nodes_that_show_attention_refuse_a_transformer_by_name(family, model, t
         chosen_blocks("", model)
     with pytest.raises(ValueError, match="sees all frames at once"):
         token_attention(trajectory, family.conditioning(), halves(family), "a", (8, 8), percent=0.5)
+
+
+@pytest.mark.parametrize("family", ["Wan", "CogVideoX 1.0", "UNet3D"], indirect=True, scope="module")
+def test_two_models_of_one_schedule_do_what_one_does(family):
+    """Two loaded copies of one model, the second for the noisy half, as the experts of Wan 2.2: inversion and edit."""
+    low, high = family.model(), family.model()
+    sigmas, clip, source = sigmas_of(low, 8), 0.5 * family.clip(), family.conditioning()
+    whole = invert(low, source, clip, sigmas)
+    middle = 1 - noise_fraction(float(whole.sigmas[4]), low.get_model_object("model_sampling").percent_to_sigma)
+    lower = invert(low, source, clip, sigmas, to_percent=middle - 0.01)
+    upper = invert(high, source, clip, sigmas, before=lower)
+    assert torch.equal(torch.cat([upper.latents[:-1], lower.latents]), whole.latents)
+    assert torch.equal(torch.cat([upper.sigmas[:-1], lower.sigmas]), whole.sigmas)
+    assert lower.is_part and upper.is_part and upper.schedule_steps == 8 and torch.equal(upper.clean, lower.clean)
+    mask, empty = torch.zeros(1, 8, 8), torch.zeros(whole.shape)
+    mask[..., :4] = 1
+
+    def edited(model, trajectory, latent, **options):
+        guider = support.guider_of(model, family.conditioning(1), family.conditioning(2), 2.0)
+        matching = RelevanceMatching(str_score_of(trajectory), family.step)
+        sampler = TrajectorySampler(trajectory, mask=mask, before_step=[matching], **options)
+        return guider.sample(empty, latent, sampler, trajectory.sigmas, disable_pbar=True, seed=0)
+
+    expected = edited(low, whole, empty)
+    half = edited(high, upper, empty)
+    assert support.relative(edited(low, lower, half, goes_on=True), expected) <= 1e-4
+    assert support.relative(edited(low, lower, half), expected) > 1e-3  # from the inverted clip: another edit
+    with pytest.raises(ValueError, match="guider: its model is not the one that was inverted"):
+        edited(low, upper, empty)
+    with pytest.raises(ValueError, match="latent: it is not the clip of the connected trajectory"):
+        invert(high, source, family.clip(1), sigmas, before=lower)
+    with pytest.raises(ValueError, match="trajectory: its noisiest sigma is .* which is no step of this schedule"):
+        invert(high, source, clip, sigmas_of(low, 7), before=lower)
+    with pytest.raises(ValueError, match="to_percent: at 0.9999 none of the 8 steps is left"):
+        invert(low, source, clip, sigmas, to_percent=0.9999)
+    with pytest.raises(ValueError, match="trajectory: it is a part of an inversion by two models"):
+        save_trajectory(lower, "part")
 
 
 # --- LoRA ---------------------------------------------------------------

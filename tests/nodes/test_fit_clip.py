@@ -59,7 +59,7 @@ def test_the_multiple_of_models_of_full_size_is_64():
     for base, network in (("UNet3DVideoModel", zeroscope), ("BaseModel", sd15)):
         model = type(base, (), {})()
         model.diffusion_model, model.latent_format = network, SimpleNamespace(spacial_downscale_ratio=8)
-        assert size_multiple(SimpleNamespace(model=model)) == 64
+        assert size_multiple(SimpleNamespace(injections={}, model=model)) == 64
 
 
 def test_the_multiples_of_lavie_and_of_show1():
@@ -72,7 +72,7 @@ def test_the_multiples_of_lavie_and_of_show1():
     for network, cell, expected in ((lavie, 8, 64), (show1, 1, 8)):
         model = type("UNet3DVideoModel", (), {})()
         model.diffusion_model, model.latent_format = network, SimpleNamespace(spacial_downscale_ratio=cell)
-        assert size_multiple(SimpleNamespace(model=model)) == expected
+        assert size_multiple(SimpleNamespace(injections={}, model=model)) == expected
 
 
 def test_a_clip_that_fits_passes_unchanged(fit):
@@ -148,6 +148,6 @@ def test_wrong_input_is_named(fit, clip, inputs, message):
 def test_nan_and_unknown_models_are_named(fit):
     with pytest.raises(ValueError, match="^images: it holds NaN"):
         fit(torch.full((2, 32, 32, 3), float("nan")))
-    model = SimpleNamespace(model=SimpleNamespace(diffusion_model=torch.nn.Identity()))
+    model = SimpleNamespace(injections={}, model=SimpleNamespace(diffusion_model=torch.nn.Identity()))
     with pytest.raises(ValueError, match="^model: .* is not a supported model family"):
         fit(torch.zeros(2, 32, 32, 3), model=model)
