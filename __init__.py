@@ -32,6 +32,7 @@ async def comfy_entrypoint():
     from .nodes.str_optimizer import STRLatentOptimizer
     from .nodes.sweep_lambda import SweepLambda
     from .nodes.video_dds import VideoDDSOptimize
+    from .nodes.video_metrics import VideoEditMetrics
 
     class SpacetimeEdit(ComfyExtension):
         async def get_node_list(self):
@@ -61,6 +62,7 @@ async def comfy_entrypoint():
                 PreviewTokenAttention,
                 MaskFromBoxes,
                 VideoDDSOptimize,
+                VideoEditMetrics,
             ]
 
     return SpacetimeEdit()

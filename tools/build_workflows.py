@@ -80,6 +80,19 @@ def with_curve(graph: Graph, name: str) -> None:
     graph.add("PreviewImage", title="Match, step by step", images=chart["chart"])
 
 
+def measured(graph: Graph, name: str) -> None:
+    """The plain edit, and what can be said of it in numbers."""
+    model, clip = load(graph, use.ONE_OBJECT)
+    source = invert(graph, model, clip["images"], clip["source_prompt"], use.TINY_STEPS)
+    conds = prompts(graph, model, clip["edit_prompt"])
+    sampler = str_sampler(graph, source.trajectory, **use.TINY_MATCHING)
+    edited = result(graph, model, sample(graph, source, conds, sampler["sampler"], use.TINY_CFG))
+    save(graph, clip["images"], clip["fps"], edited, name)
+    graph.group("Numbers")
+    of_edit = {"prompt": clip["edit_prompt"], "mask": clip["mask_1"]}
+    graph.add("STE_VideoEditMetrics", source=clip["images"], edit=edited, **of_edit)
+
+
 def several(graph: Graph, name: str) -> None:
     """Two objects of one clip, the second edit on the latent of the first."""
     model, clip = load(graph, use.SEVERAL_CLIP)
@@ -610,6 +623,7 @@ TEMPLATES: dict[str, tuple[str, Callable]] = {  # name: key of the notes and of 
     "Several objects - ST-Layout with ControlNet (SD 1.5)": ("sd15", partial(sd15, tracked=False)),
     "Several objects - ST-Layout with SAM3 and ControlNet (SD 1.5)": ("sd15_sam3", partial(sd15, tracked=True)),
     "Parts of an object - ST-Layout with SAM3 (SD 1.5)": ("sd15_parts", partial(sd15, tracked=True, told=PARTS)),
+    "Measure an edit - STR-Match (tiny)": ("measured", measured),
     "Delete an object - STR-Match (tiny)": ("delete", partial(tiny, **DELETE)),
     "Add an object - STR-Match (tiny)": ("add", add),
     "Compare lambdas - STR-Match (tiny)": ("compare_lambdas", compare_lambdas),

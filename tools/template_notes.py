@@ -201,6 +201,11 @@ Press **Run**: one film shows the clip and four edits of it. {NOTHING_NEEDED}
 
 Left to right, top to bottom: {COMPARED_LAMBDAS}. 0 is the plain prompt swap, which loses the way of the circle; the \
 last is too large and damages the picture.""",
+    "measured": f"""## Measure an edit
+Press **Run**: the circle becomes a square, and **Video Edit Metrics** says in numbers how steady it is, how well it \
+moves as the clip does and what of the background is left. {NOTHING_NEEDED}
+
+What it cannot measure says what to connect: with CLIP, CLIP Vision and RAFT of your own the table is complete.""",
     "save_and_load": f"""## Save and load a trajectory
 Press **Run**: the circle becomes a square, and *Save Trajectory* keeps the inversion in a file. {NOTHING_NEEDED}
 
@@ -364,6 +369,10 @@ stay more. (At 0 there is no match and no curve: that is the template *prompt sw
 - other values; the film has room for four. For more, enlarge *Two by two*.
 - **edit** 2 in *Load Example Clip*: a red square.
 - a **mask** on *STR Latent Optimizer*: every edit gets it.""",
+    "measured": """### Try
+- **lambda** 0 in *STR Latent Optimizer* and run again: which numbers get worse?
+- *Load CLIP Vision* and a CLIP of the same model on *Video Edit Metrics*: text alignment, frame consistency, Q-edit.
+- *Load Optical Flow Model* (RAFT) on it: a better flow for real clips.""",
     "save_and_load": """### Try
 - the file in another graph: *Load Trajectory* wants the same model and the same prompt of the clip.
 - another prompt there: it names what differs, instead of a bad edit.
