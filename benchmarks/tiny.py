@@ -1,6 +1,7 @@
 """What the embedded model can do: does it draw what the prompt says, and how well can a clip be inverted?
 
-    python benchmarks/tiny.py [--folder assets/tiny_t2v] [--n 96] [--only NAME ...] [--processes 2] [--json PATH]
+    python benchmarks/tiny.py [--folder assets/tiny_t2v] [--n 96] [--only NAME ...] [--sets NAME ...] [--processes 2]
+                              [--json PATH]
 
 Parts, each with n clips:
 
@@ -170,7 +171,7 @@ def table(rows: dict[str, dict[str, float | None]], title: str) -> str:
 
 def run_prompts(each: Callable, arguments: argparse.Namespace) -> dict:
     report = {}
-    for name in SETS:
+    for name in arguments.sets:
         function = partial(prompt_record, arguments.folder, name, arguments.seed, arguments.n)
         records = each(function, arguments.n)
         report[name] = {row: means([r[row] for r in records], COLUMNS) for row in records[0]}
@@ -202,6 +203,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", default=unet3d.EMBEDDED, help="diffusers folder; by default the embedded model")
     parser.add_argument("--only", choices=PARTS, nargs="+", default=list(PARTS))
+    parser.add_argument("--sets", choices=SETS, nargs="+", default=list(SETS), help="of the prompts")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--n", type=int, default=96)
     parser.add_argument("--processes", type=int, default=1, help="each on one thread")
