@@ -11,6 +11,15 @@ from collections.abc import Callable, Iterable
 from torch.nn import Module
 
 SLOT = "actual_attention"
+PARAMETERS = "ad_params"
+"""Key of that pack's account of a run in the transformer_options."""
+
+
+def window_of(options: dict) -> tuple[tuple[int, ...], int] | None:
+    """(frames, frames of the whole clip) of a run on one of that pack's own sliding windows; None for any other run."""
+    parameters = options.get(PARAMETERS) or {}
+    frames = parameters.get("sub_idxs")
+    return None if frames is None else (tuple(frames), parameters["full_length"])
 
 
 class _Bridge:

@@ -17,7 +17,7 @@ from torch.nn import Module
 
 from ..core.inflation import Inflation
 from ..core.parametrization import noise_fraction
-from .animatediff import bridged
+from .animatediff import bridged, window_of
 from .families import IN_SPACE, Ends, Kind, Layer, attention_layers, family_of, patch_size
 
 KEY = "spacetime_edit_tap"
@@ -191,8 +191,8 @@ class _Run:
     @property
     def clip_frames(self) -> int:
         """Frames of the whole clip, of which a context window shows some."""
-        window = self.options.get("context_window")
-        return len(self.frames) if window is None else -(-window.total_frames // (self.patch or (1,))[0])
+        window = _window(self.options)
+        return len(self.frames) if window is None else -(-window[1] // (self.patch or (1,))[0])
 
     @cached_property
     def percent(self) -> float:
@@ -243,8 +243,8 @@ class AttentionTap:
     def _describe_run(self, base_model, x: Tensor, sigma: Tensor, options: dict, given: dict) -> "_Run":
         prompts = tuple(options.get("cond_or_uncond", (0,)))
         frames = x.shape[0] // len(prompts) if x.ndim == 4 else x.shape[2]
-        window = options.get("context_window")
-        indices = tuple(range(frames) if window is None else window.index_list)
+        window = _window(options)
+        indices = tuple(range(frames)) if window is None else window[0]
         family, network = self._family, base_model.diffusion_model
         patch, before = patch_size(network) if family.patched else None, 0
         if patch is not None:
@@ -345,6 +345,19 @@ class AttentionTap:
         if mask is not None:
             raise ValueError(f"model: {layer.path} masks its attention, which cannot be inflated to several frames")
         return call
+
+
+def _window(options: dict) -> tuple[tuple[int, ...], int] | None:
+    """(latent frames that a run sees, in its order; those of the whole clip), where it sees a context window.
+
+    In front of the host's there may be the frame before it, for models whose first latent frame is of another kind.
+    """
+    window = options.get("context_window")
+    if window is None:
+        return window_of(options)
+    anchor = getattr(window, "causal_anchor_index", None)
+    before = () if anchor is None or anchor < 0 else (anchor,)
+    return (*before, *window.index_list), window.total_frames
 
 
 def _token_frames(frames: tuple[int, ...], together: int) -> tuple[int, ...]:

@@ -1,15 +1,21 @@
 """The three methods on each family that the host loads: tiny models of its own classes, with random weights."""
 
 import contextlib
+from dataclasses import replace
 
 import comfy.lora
 import comfy.samplers
 import comfy.sd
 import pytest
 import torch
+from comfy.context_windows import (
+    IndexListContextHandler,
+    get_matching_context_schedule,
+    get_matching_fuse_method,
+)
 from comfy.patcher_extension import WrappersMP
 from spacetime_edit.core.parametrization import noise_fraction
-from spacetime_edit.core.regions import Region
+from spacetime_edit.core.regions import Region, membership, partition
 from spacetime_edit.core.relevance import matching_loss
 from spacetime_edit.host.attention_tap import AttentionTap
 from spacetime_edit.host.checkpointing import checkpointed
@@ -507,6 +513,64 @@ def test_two_models_of_one_schedule_do_what_one_does(family):
         invert(low, source, clip, sigmas, to_percent=0.9999)
     with pytest.raises(ValueError, match="trajectory: it is a part of an inversion by two models"):
         save_trajectory(lower, "part")
+
+
+@pytest.mark.parametrize("anchored", [False, True])
+@pytest.mark.parametrize("family", ["Wan", "CogVideoX 1.0", "UNet3D"], indirect=True, scope="module")
+def test_masks_follow_the_frames_of_context_windows(family, model, anchored):
+    """The host's own windows: each call has the memberships of the frames that it sees, one before it included."""
+    frames, (height, width) = 7, family.grid[1:]
+    clip = torch.randn(
+        (frames, *family.shape[1:]) if not family.patched else (1, family.shape[1], frames, *family.shape[3:])
+    )
+    mask = torch.zeros(frames, 4 * height, 4 * width)
+    for i in range(frames):
+        mask[i, :, : 2 * i] = 1  # grows from frame to frame
+    layout = replace(halves(family), regions=(Region("a", mask),), positions=((1,),))
+    windowed, seen = model.clone(), []
+    windowed.model_options["context_handler"] = IndexListContextHandler(
+        get_matching_context_schedule("standard_static"),
+        get_matching_fuse_method("pyramid"),
+        context_length=4,
+        context_overlap=1,
+        dim=2 if family.patched else 0,
+        causal_window_fix=anchored,
+    )
+    modulation = RegionModulation(layout, end=1.0)
+
+    def listen(call):
+        window = call.options["context_window"]
+        anchor = getattr(window, "causal_anchor_index", None)
+        own = [*([] if anchor is None or anchor < 0 else [anchor]), *window.index_list]
+        if call.kind in ("spatial", "spacetime", "joint"):
+            whole = membership(partition(mask[None]), (frames, *call.grid[1:]))
+            assert call.grid[0] == len(own) and torch.equal(modulation._tokens(call), whole[own])
+            seen.append(tuple(own))
+        return modulation(call)
+
+    tap = AttentionTap(windowed, [listen])
+    out = predicted(windowed, family, negative=family.conditioning(1), options=tap.install, clip=clip)
+    assert out.isfinite().all() and len(set(seen)) == 2 and {f for own in seen for f in own} == set(range(frames))
+    assert any(len(own) == 5 for own in seen) == anchored
+
+
+@pytest.mark.parametrize("family", ["AnimateDiff"], indirect=True, scope="module")
+def test_masks_follow_animatediffs_own_windows(family, model):
+    """That pack says in the options of a run which frames of the clip it sees."""
+    mask = torch.zeros(7, 32, 32)
+    for i in range(7):
+        mask[i, :, : 4 * i] = 1
+    layout = replace(halves(family), regions=(Region("a", mask),), positions=((1,),))
+    windowed, modulation, seen = model.clone(), RegionModulation(layout, end=1.0), []
+    windowed.model_options["transformer_options"]["ad_params"] = {"sub_idxs": [1, 4, 5], "full_length": 7}
+
+    def listen(call):
+        if call.kind == "spatial":
+            whole = membership(partition(mask[None]), (7, *call.grid[1:]))
+            seen.append(torch.equal(modulation._tokens(call), whole[[1, 4, 5]]))
+
+    predicted(windowed, family, options=AttentionTap(windowed, [listen]).install)
+    assert seen and all(seen)
 
 
 # --- LoRA ---------------------------------------------------------------
