@@ -28,6 +28,7 @@ from .gradients import latent_gradients, normal_tensor, predict
 from .latents import check_clip_latent, grid_mask_of, mask_like
 from .memory import ActivationMeter, small_tile, with_less_memory
 from .relevance_matching import HALF_PRECISION_SCALE, lacks_for_relevance, leading_cond
+from .windows import HANDLER
 
 log = logging.getLogger("spacetime_edit")
 
@@ -399,6 +400,11 @@ def optimise(
         if not cond:
             raise ValueError(f"{name}: it holds no prompt; connect a CLIP Text Encode")
         check_picture(model, (about for _, about in cond), name)
+    if HANDLER in model.model_options:
+        raise ValueError(
+            "model: DreamMotion holds the attention keys of the whole clip, of which context windows show a part at a "
+            "time; remove the context window node"
+        )
     if "multigpu_clones" in model.model_options:
         raise ValueError("model: editing runs on one GPU; remove the multi-GPU node from this model")
     if settings.weights.get(RELEVANCE) and (lacking := lacks_for_relevance(model)):

@@ -22,6 +22,7 @@ from .inflation import inflation_of
 from .latents import mask_like
 from .memory import SMALLER_TILES, ActivationMeter, GradientMemory, loss_memory, small_tile, with_less_memory
 from .sampling import Step
+from .windows import View, blended, views_of
 
 log = logging.getLogger("spacetime_edit")
 
@@ -169,16 +170,25 @@ class RelevanceMatching:
         if self.strength == 0 or not self.start <= step.percent <= self.end:
             return x
         run = step.run.memo.setdefault(self, _MatchingRun(low_memory=self.memory == "low"))
-        matcher = _Matcher(self, step, run)
+        views = views_of(x, step.sigma, step.run.base_model, step.run.model_options)
+        whole = _Matcher(self, step, run, views[0]) if len(views) == 1 else None
+        cosines = []
+
+        def gradient(x: Tensor) -> tuple[Tensor, Tensor]:
+            of_view = lambda view: (whole or _Matcher(self, step, run, view)).gradient(view.of(x))  # noqa: E731
+            loss, slope = blended(x, views, of_view)
+            cosines.append(-float(loss))
+            return loss, slope
+
         x = descend(
             x,
-            matcher.gradient,
+            gradient,
             strength=self.strength * STEPS_OF_LAMBDA / self.score.trajectory.schedule_steps,
             scale=step.space.latent_scale(step.sigma),
             rule=self.rule,
             iterations=self.iterations,
         )
-        step.run.records.append(MatchedStep(step.percent, tuple(matcher.cosines), run.memory, run.low_memory))
+        step.run.records.append(MatchedStep(step.percent, tuple(cosines), run.memory, run.low_memory))
         return x
 
 
@@ -207,11 +217,11 @@ class _MatchingRun:
 
 
 class _Matcher:
-    """The loss between the source at one noise level and a target latent there."""
+    """The loss between the source at one noise level and a target latent there, on the frames of a view."""
 
-    def __init__(self, matching: RelevanceMatching, step: Step, run: _MatchingRun):
+    def __init__(self, matching: RelevanceMatching, step: Step, run: _MatchingRun, view: View):
         self._matching, self._score, self._step, self._run = matching, matching.score, step, run
-        self.cosines: list[float] = []
+        self._view = view
         recorder = self._first_look() if run.last_layer is None else self._next_look()
         self._source, self._grids = {p: f.map(normal_tensor) for p, f in recorder.features.items()}, recorder.grids
         self._weights = self._hidden_inside_mask() if matching.task in NEW_CONTENT else {}
@@ -221,9 +231,8 @@ class _Matcher:
         lean = None if self._run.low_memory else lambda: self._lean(x)
         knobs = "the layers of Capture STR Score (such as m0)"
         loss, gradient = with_less_memory("STR matching", lambda: self._gradient(x), lean, knobs)
-        self.cosines.append(-float(loss))
         if self._matching.task in NEW_CONTENT:  # what still reaches the inside comes by the network's receptive field
-            gradient = gradient * (1 - mask_like(self._step.mask, gradient))
+            gradient = gradient * (1 - mask_like(self._view.of_mask(self._step.mask), gradient))
         return loss, gradient
 
     def _lean(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -241,9 +250,9 @@ class _Matcher:
                 run.base_model,
                 x,
                 self._step.sigma,
-                leading_cond(run.guider.conds["positive"], self._step.sigma, "positive"),
+                self._cond(run.guider.conds["positive"], "positive"),
                 lambda _: self._loss(recorder.features),
-                model_options=tap.install(run.model_options),
+                model_options=tap.install(self._view.options(run.model_options)),
                 loss_scale=HALF_PRECISION_SCALE if half else 1.0,
                 mutates=family.mutates,
             )
@@ -295,14 +304,17 @@ class _Matcher:
     def _record_source(self, *listeners: Listener) -> None:
         run, sigma = self._step.run, self._step.sigma
         tap = AttentionTap(run.trajectory.model, listeners, differentiable=True)  # the target's kernel, to the bit
-        options = tap.install(run.source_options)
-        cond = leading_cond(run.source_conds, sigma, "positive of Invert Video")
-        z = self._step.source
+        options = tap.install(self._view.options(run.source_options))
+        cond = self._cond(run.source_conds, "positive of Invert Video")
+        z = self._view.of(self._step.source)
         until_enough_seen(lambda: predict(run.base_model, z, sigma * z.new_ones(z.shape[0]), cond, options))
+
+    def _cond(self, conds: list[dict], name: str) -> dict:
+        return self._view.cond(leading_cond(conds, self._step.sigma, name))
 
     def _hidden_inside_mask(self) -> dict[str, Tensor]:
         """By layer, the weight (F, N) of each token: 0 in the mask, 1 outside (decision D5)."""
-        mask = normal_tensor(self._step.mask.float())
+        mask = normal_tensor(self._view.of_mask(self._step.mask).float())
         with torch.inference_mode(False):
             return {path: 1 - to_latent_grid(mask, *self._grids[path][1:]).flatten(1) for path in self._source}
 

@@ -35,6 +35,7 @@ from .families import noise_space
 from .fingerprint import CLIP_TOLERANCE
 from .inflation import inflation_of
 from .latents import check_clip_latent, grid_mask_of, mask_like
+from .windows import check_windows
 
 log = logging.getLogger("spacetime_edit")
 
@@ -236,13 +237,8 @@ class TrajectorySampler(comfy.samplers.Sampler):
             raise ValueError(
                 "mask: the latent already carries a noise mask; connect the mask here or set it on the latent, not both"
             )
-        if self.before_step and any(
-            "context_handler" in o for o in (model_options, self.trajectory.model.model_options)
-        ):
-            raise ValueError(
-                "model: context windows show STR matching only a part of the clip; remove the context window node, or "
-                "use Sample from Trajectory"
-            )
+        if self.before_step:
+            check_windows(model_options, self.trajectory.model.model_options)
         if "multigpu_clones" in model_options:
             raise ValueError("model: editing runs on one GPU; remove the multi-GPU node from this model")
         return self.trajectory.offset_of(sigmas)

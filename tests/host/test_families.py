@@ -17,6 +17,7 @@ from comfy.patcher_extension import WrappersMP
 from spacetime_edit.core.parametrization import noise_fraction
 from spacetime_edit.core.regions import Region, membership, partition
 from spacetime_edit.core.relevance import matching_loss
+from spacetime_edit.host import relevance_matching
 from spacetime_edit.host.attention_tap import AttentionTap
 from spacetime_edit.host.checkpointing import checkpointed
 from spacetime_edit.host.conditioning import PICTURE
@@ -515,6 +516,69 @@ def test_two_models_of_one_schedule_do_what_one_does(family):
         save_trajectory(lower, "part")
 
 
+def windowed_copy(model, family, **options):
+    """A clone of a model that sees 4 frames at a time, the last of which begins the next window."""
+    windowed = model.clone()
+    windowed.model_options["context_handler"] = IndexListContextHandler(
+        get_matching_context_schedule("standard_static"),
+        get_matching_fuse_method("pyramid"),
+        context_length=4,
+        context_overlap=1,
+        dim=2 if family.patched else 0,
+        **options,
+    )
+    return windowed
+
+
+@pytest.mark.parametrize("family", ["Wan", "CogVideoX 1.0", "UNet3D"], indirect=True, scope="module")
+def test_matching_in_windows_blends_what_each_window_says(family, model, monkeypatch):
+    """Against edits of the windows' frames as clips of their own, weighted as the host weights predictions."""
+    dim, channels, size = (2 if family.patched else 0), family.shape[1], family.shape[-2:]
+    clip = torch.randn(1, channels, 7, *size) if family.patched else torch.randn(7, channels, *size)
+    windowed = windowed_copy(model, family)
+    with monkeypatch.context() as patch:  # an inversion in windows would see other clips
+        trajectory = invert(model, family.conditioning(), 0.5 * clip, sigmas_of(model, 3))
+        slopes = []
+
+        def spy(x, gradient, **_):
+            slopes.append(gradient(x))
+            return x
+
+        patch.setattr(relevance_matching, "descend", spy)
+
+        def first_slope(model, trajectory):
+            guider = support.guider_of(model, family.conditioning(1))
+            empty = torch.zeros(trajectory.shape)
+            sampler = TrajectorySampler(trajectory, before_step=[RelevanceMatching(str_score_of(trajectory), 0.01)])
+            slopes.clear()
+            guider.sample(empty, empty, sampler, trajectory.sigmas, disable_pbar=True, seed=0)
+            return slopes[0]
+
+        found = first_slope(windowed, replace(trajectory, model=windowed))
+        total, counts, losses = torch.zeros_like(found[1]), torch.zeros(7), []
+        for frames in ([0, 1, 2, 3], [3, 4, 5, 6]):
+            part = replace(trajectory, latents=trajectory.latents.index_select(dim + 1, torch.tensor(frames)))
+            loss, slope = first_slope(model, part)
+            weights = torch.tensor([1.0, 2.0, 2.0, 1.0])
+            shape = [-1 if i == dim else 1 for i in range(slope.ndim)]
+            total.index_add_(dim, torch.tensor(frames), slope * weights.view(shape))
+            counts[frames] += weights
+            losses.append(loss)
+    torch.testing.assert_close(found[1], total / counts.view(shape), rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(found[0], torch.stack(losses).mean(), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("family", ["Wan", "UNet3D"], indirect=True, scope="module")
+def test_windows_that_cannot_be_followed_are_refused(family, model):
+    windowed = windowed_copy(model, family)
+    clip, prompt = family.clip(), family.conditioning()
+    with pytest.raises(ValueError, match="model: DreamMotion holds the attention keys of the whole clip"):
+        optimise(windowed, prompt, prompt, prompt, clip, Distillation(), seed=0)
+    trajectory = invert(model, prompt, clip, sigmas_of(model, 2))
+    with pytest.raises(ValueError, match="model: only one of the inverted model and the edit's has context windows"):
+        sampled(windowed, family, trajectory, [RelevanceMatching(str_score_of(trajectory), 0.01)])
+
+
 @pytest.mark.parametrize("anchored", [False, True])
 @pytest.mark.parametrize("family", ["Wan", "CogVideoX 1.0", "UNet3D"], indirect=True, scope="module")
 def test_masks_follow_the_frames_of_context_windows(family, model, anchored):
@@ -527,15 +591,7 @@ def test_masks_follow_the_frames_of_context_windows(family, model, anchored):
     for i in range(frames):
         mask[i, :, : 2 * i] = 1  # grows from frame to frame
     layout = replace(halves(family), regions=(Region("a", mask),), positions=((1,),))
-    windowed, seen = model.clone(), []
-    windowed.model_options["context_handler"] = IndexListContextHandler(
-        get_matching_context_schedule("standard_static"),
-        get_matching_fuse_method("pyramid"),
-        context_length=4,
-        context_overlap=1,
-        dim=2 if family.patched else 0,
-        causal_window_fix=anchored,
-    )
+    windowed, seen = windowed_copy(model, family, causal_window_fix=anchored), []
     modulation = RegionModulation(layout, end=1.0)
 
     def listen(call):

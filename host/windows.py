@@ -1,0 +1,114 @@
+"""Long clips in the host's context windows: what one window sees, and how what windows say is blended.
+
+Prediction in windows is the host's own. Here a gradient is taken window by window, each in the memory of its frames,
+and blended where windows overlap by the weights that the host blends predictions with.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from comfy.context_windows import IndexListContextHandler, IndexListContextWindow, get_context_weights
+from comfy.model_patcher import create_model_options_clone
+from torch import Tensor
+
+HANDLER = "context_handler"
+
+
+@dataclass(frozen=True)
+class View:
+    """What a step function sees of a run: the whole clip, or of long ones the frames of a window.
+
+    handler, window: the host's; None: the whole clip.
+    """
+
+    handler: IndexListContextHandler | None = None
+    window: IndexListContextWindow | None = None
+
+    def of(self, latent: Tensor) -> Tensor:
+        """The frames of a latent that it sees."""
+        return latent if self.window is None else self.window.get_tensor(latent, latent.device)
+
+    def of_mask(self, mask: Tensor) -> Tensor:
+        """Of a mask (F, h, w)."""
+        return mask if self.window is None else mask[self.window.index_list]
+
+    def options(self, model_options: dict) -> dict:
+        """Options for a model run on these frames alone."""
+        if self.window is None:
+            return model_options
+        options = create_model_options_clone(model_options)
+        options.pop(HANDLER, None)
+        options["transformer_options"]["context_window"] = self.window
+        return options
+
+    def cond(self, cond: dict) -> dict:
+        """A processed conditioning of the whole clip, what it holds for each frame cut to these frames.
+
+        ValueError for a ControlNet, whose hint the host cuts only while it samples.
+        """
+        if self.window is None:
+            return cond
+        if "control" in cond:
+            raise ValueError("positive: STR matching in context windows cannot follow a ControlNet; remove one of them")
+        cut = {key: self._cut(key, value) for key, value in cond["model_conds"].items()}
+        return {**cond, "model_conds": cut}
+
+    def _cut(self, key: str, value):
+        if key == "num_video_frames":
+            return value._copy_with(len(self.window.index_list))
+        held, dim, frames = getattr(value, "cond", None), self.handler.dim, self.window.total_frames
+        if isinstance(held, Tensor) and held.ndim > dim and held.shape[dim] == frames:
+            return value._copy_with(self.window.get_tensor(held, held.device))
+        return value
+
+    @cached_property
+    def weights(self) -> Tensor:
+        """(frames,) by which it counts where windows overlap."""
+        frames, handler = self.window.index_list, self.handler
+        return torch.as_tensor(
+            get_context_weights(len(frames), self.window.total_frames, frames, handler), dtype=torch.float32
+        )
+
+
+def views_of(latent: Tensor, sigma: Tensor, base_model, model_options: dict) -> list[View]:
+    """The windows of a run on this latent, or one view of the whole clip where it has none."""
+    handler = model_options.get(HANDLER)
+    if handler is None or latent.shape[handler.dim] <= handler.context_length:
+        return [View()]
+    handler.set_step(sigma.reshape(1), model_options)
+    return [View(handler, window) for window in handler.get_context_windows(base_model, latent, model_options)]
+
+
+def blended(
+    latent: Tensor, views: list[View], compute: Callable[[View], tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor]:
+    """(mean of the losses, gradient for the whole latent) of what `compute` gives for each view's frames."""
+    if views[0].window is None:
+        return compute(views[0])
+    total, losses, dim = torch.zeros_like(latent), [], views[0].handler.dim
+    shape = [-1 if i == dim else 1 for i in range(latent.ndim)]
+    counts = torch.zeros(latent.shape[dim], device=latent.device)
+    for view in views:
+        loss, gradient = compute(view)
+        weights = view.weights.to(latent)
+        view.window.add_window(total, gradient * weights.view(shape))
+        counts[view.window.index_list] += weights
+        losses.append(loss)
+    return torch.stack(losses).mean(), total / counts.view(shape)
+
+
+def check_windows(model_options: dict, of_source: dict) -> None:
+    """ValueError for a context handler of another kind, or in one of two models only."""
+    for options in (model_options, of_source):
+        handler = options.get(HANDLER)
+        if handler is not None and not isinstance(handler, IndexListContextHandler):
+            raise ValueError(
+                f"model: its context windows are of a kind ({type(handler).__name__}) that STR matching does not know; "
+                f"use ComfyUI's own, or Sample from Trajectory"
+            )
+    if (HANDLER in model_options) != (HANDLER in of_source):
+        raise ValueError(
+            "model: only one of the inverted model and the edit's has context windows; put the node before both"
+        )
