@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from ..core.trajectory import Trajectory
+from ..host.inversion import invert
 from ..host.loaders import unet3d
 from ..host.relevance_matching import NEW_CONTENT, RelevanceMatching, redraw_noise, str_score_of
-from ..host.sampling import TrajectorySampler, invert
+from ..host.sampling import TrajectorySampler
 from ..tools.shape_world import world
 from ._cases import CEILING, COPY, NOISE, Case, Chain
 from ._timing import cpu_seconds

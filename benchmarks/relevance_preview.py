@@ -35,8 +35,8 @@ from spacetime_edit.core.propagation import region_weight, relevant_region
 from spacetime_edit.core.relevance import AttentionFeatures, neighbours, str_score
 from spacetime_edit.host import relevance_preview as preview
 from spacetime_edit.host.features import FeatureRecorder
+from spacetime_edit.host.inversion import invert
 from spacetime_edit.host.loaders import unet3d
-from spacetime_edit.host.sampling import invert
 from spacetime_edit.tools.shape_world.clips import Clip, read_clips
 
 PREVIEW, BACKGROUND, RANDOM, PLACE = (

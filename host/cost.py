@@ -11,10 +11,11 @@ from torch import Tensor
 from ..core.parametrization import add_noise, noise_fraction
 from ..core.trajectory import Trajectory
 from .families import family_of, noise_space
+from .inversion import InversionSampler
 from .latents import check_clip_latent
 from .memory import GradientMemory
 from .relevance_matching import MatchedStep, RelevanceMatching, check_window, str_score_of
-from .sampling import InversionSampler, TrajectorySampler
+from .sampling import TrajectorySampler
 
 PROBE_STEPS = 3
 """Steps of each probe; the first warms up and is not counted."""

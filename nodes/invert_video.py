@@ -107,7 +107,7 @@ class InvertVideo(io.ComfyNode):
         from latent_preview import prepare_callback
 
         from ..host.families import family_of
-        from ..host.sampling import invert, reconstruct, reconstruction_db
+        from ..host.inversion import invert, reconstruct, reconstruction_db
 
         family_of(model)
         sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), scheduler, steps)

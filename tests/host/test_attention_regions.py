@@ -4,11 +4,11 @@ import pytest
 import torch
 from spacetime_edit.core.regions import Region
 from spacetime_edit.host.attention_regions import regions_from_attention
+from spacetime_edit.host.inversion import invert
 from spacetime_edit.host.loaders.example_clips import clip_names, load_clip
 from spacetime_edit.host.region_patch import RegionModulation, patch_regions
 from spacetime_edit.host.region_prompt import Layout, encode_regional_prompt, positions_in
 from spacetime_edit.host.relevance_preview import show_to
-from spacetime_edit.host.sampling import invert
 from spacetime_edit.host.token_attention import share_inside, token_attention
 from spacetime_edit.tests.host import support
 

@@ -9,9 +9,10 @@ import torch
 from spacetime_edit.core.inflation import Inflation
 from spacetime_edit.core.regions import Region
 from spacetime_edit.host.inflation import inflate_attention
+from spacetime_edit.host.inversion import invert
 from spacetime_edit.host.region_patch import RegionModulation, patch_regions
 from spacetime_edit.host.region_prompt import Layout
-from spacetime_edit.host.sampling import TrajectorySampler, invert
+from spacetime_edit.host.sampling import TrajectorySampler
 from spacetime_edit.tests.host import support
 
 FRAMES, SIDE = 3, 8

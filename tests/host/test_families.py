@@ -25,12 +25,13 @@ from spacetime_edit.host.distillation import SPATIAL, TEMPORAL, Distillation, ke
 from spacetime_edit.host.families import attention_layers, family_of
 from spacetime_edit.host.features import FeatureRecorder
 from spacetime_edit.host.gradients import latent_gradient, normal_tensor, predict
+from spacetime_edit.host.inversion import invert
 from spacetime_edit.host.memory import ActivationMeter
 from spacetime_edit.host.region_patch import RegionModulation, patch_regions
 from spacetime_edit.host.region_prompt import Layout
 from spacetime_edit.host.relevance_matching import RelevanceMatching, lacks_for_relevance, str_score_of
 from spacetime_edit.host.relevance_preview import chosen_blocks
-from spacetime_edit.host.sampling import TrajectorySampler, invert
+from spacetime_edit.host.sampling import TrajectorySampler
 from spacetime_edit.host.token_attention import token_attention
 from spacetime_edit.host.trajectory_files import save_trajectory
 from spacetime_edit.tests.host import support

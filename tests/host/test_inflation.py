@@ -11,9 +11,10 @@ from spacetime_edit.host.families import family_of
 from spacetime_edit.host.features import FeatureRecorder
 from spacetime_edit.host.gradients import latent_gradient
 from spacetime_edit.host.inflation import inflate_attention, inflation_of
+from spacetime_edit.host.inversion import invert
 from spacetime_edit.host.region_patch import RegionModulation, patch_regions
 from spacetime_edit.host.region_prompt import Layout
-from spacetime_edit.host.sampling import TrajectorySampler, invert
+from spacetime_edit.host.sampling import TrajectorySampler
 from spacetime_edit.tests.host import support
 
 FRAMES, SIDE = 4, 8

@@ -13,13 +13,14 @@ from spacetime_edit.host.distillation import SPATIAL, TEMPORAL, Distillation, ke
 from spacetime_edit.host.families import attention_layers, family_of, noise_space
 from spacetime_edit.host.features import FeatureRecorder
 from spacetime_edit.host.gradients import latent_gradient
+from spacetime_edit.host.inversion import invert
 from spacetime_edit.host.loaders import lavie
 from spacetime_edit.host.loaders.diffusers_folder import ModelFolderError
 from spacetime_edit.host.loaders.lavie_model import distance_buckets, rotate
 from spacetime_edit.host.region_patch import RegionModulation, patch_regions
 from spacetime_edit.host.region_prompt import Layout
 from spacetime_edit.host.relevance_matching import RelevanceMatching, leading_cond, str_score_of
-from spacetime_edit.host.sampling import TrajectorySampler, invert
+from spacetime_edit.host.sampling import TrajectorySampler
 from spacetime_edit.tests.host import support
 from spacetime_edit.tests.host.plain_lavie import PlainLaVie, bucket, rotated
 

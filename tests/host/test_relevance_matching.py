@@ -9,8 +9,9 @@ import pytest
 import torch
 from spacetime_edit.host import relevance_matching
 from spacetime_edit.host.cost import Plan, predict_cost
+from spacetime_edit.host.inversion import invert
 from spacetime_edit.host.relevance_matching import RelevanceMatching, redraw_noise, str_score_of
-from spacetime_edit.host.sampling import TrajectorySampler, invert
+from spacetime_edit.host.sampling import TrajectorySampler
 from spacetime_edit.tests.host import support
 from spacetime_edit.tests.host.test_checkpointing import gradient
 from spacetime_edit.tools.live_memory import PeakMemory

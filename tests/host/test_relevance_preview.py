@@ -3,8 +3,8 @@
 import pytest
 import torch
 from spacetime_edit.core.propagation import cross_frame_relevance, region_weight
+from spacetime_edit.host.inversion import invert
 from spacetime_edit.host.relevance_preview import heat_map, nearest_step, query_region, relevance_of, show_to
-from spacetime_edit.host.sampling import invert
 from spacetime_edit.tests.host import support
 
 FRAMES, SIDE, CELL = 3, 8, 8

@@ -13,9 +13,10 @@ from comfy_extras.nodes_custom_sampler import Guider_Basic, Guider_DualCFG, Spli
 from spacetime_edit.core.parametrization import NoiseSpace, noise_fraction
 from spacetime_edit.host import relevance_matching
 from spacetime_edit.host.families import noise_space
+from spacetime_edit.host.inversion import InversionSampler, invert, reconstruct, reconstruction_db
 from spacetime_edit.host.loaders.example_clips import clip_names, load_clip
 from spacetime_edit.host.relevance_matching import RelevanceMatching, str_score_of
-from spacetime_edit.host.sampling import InversionSampler, TrajectorySampler, invert, reconstruct, reconstruction_db
+from spacetime_edit.host.sampling import TrajectorySampler
 from spacetime_edit.tests.host import support
 
 FRAMES, SIDE, STEPS = 3, 8, 4

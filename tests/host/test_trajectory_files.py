@@ -21,8 +21,9 @@ from safetensors.torch import load_file, save_file
 from spacetime_edit.core.parametrization import NoiseSpace
 from spacetime_edit.core.trajectory import Trajectory
 from spacetime_edit.host import fingerprint, trajectory_files
+from spacetime_edit.host.inversion import invert
 from spacetime_edit.host.loaders.unet3d import EMBEDDED, load_folder
-from spacetime_edit.host.sampling import TrajectorySampler, invert
+from spacetime_edit.host.sampling import TrajectorySampler
 from spacetime_edit.host.trajectory_files import SUFFIX, file_path, list_files, load_trajectory, save_trajectory
 from spacetime_edit.tests.host import support
 
