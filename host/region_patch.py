@@ -96,6 +96,12 @@ class RegionModulation:
     def _of_self(self, call: AttentionCall):
         """Rows are frames, or of an inflated model several: (B, N, K) for queries, (B, M, K) for keys."""
         tokens = self._tokens(call)
+        if call.kind == "spacetime" and call.query.shape[2] != tokens[..., 0].numel():
+            raise ValueError(
+                f"model: its self-attention holds {call.query.shape[2] - tokens[..., 0].numel()} tokens beside the "
+                f"clip's, of a reference picture or a guide, beside which regions cannot act; remove it, or set "
+                f"self_strength to 0"
+            )
         size = size_term(tokens, "clip", covered_twice=self.layout.mode == "released")
         rows = self._rows(call, {NEGATIVE} if self.layout.mode == "released" else None)
         if rows is None:

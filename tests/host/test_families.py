@@ -611,6 +611,21 @@ def test_masks_follow_the_frames_of_context_windows(family, model, anchored):
     assert any(len(own) == 5 for own in seen) == anchored
 
 
+@pytest.mark.parametrize("family", ["Wan"], indirect=True, scope="module")
+def test_tokens_of_a_reference_are_found_and_refused_by_regions(family, model):
+    """Wan puts a reference picture's tokens before the clip's; STR sees them as keys of no frame."""
+    calls, _ = calls_of(model, family, cfg=1.0)
+    call = next(c for c in calls if c.kind == "spacetime")
+    before = torch.randn(1, 1, 16, call.query.shape[3])
+    longer = [torch.cat([before, t], 2) for t in (call.query, call.key, call.value)]
+    with_reference = replace(call, **dict(zip(("query", "key", "value"), longer, strict=True)))
+    with_reference = replace(with_reference, run=replace(call.run, before=16))
+    assert torch.equal(with_reference.of_clip(longer[1]), call.of_clip(call.key))
+    assert torch.equal(with_reference.extra(longer[1]), before)
+    with pytest.raises(ValueError, match="its self-attention holds 16 tokens beside the clip's"):
+        RegionModulation(halves(family), end=1.0)(with_reference)
+
+
 @pytest.mark.parametrize("family", ["AnimateDiff"], indirect=True, scope="module")
 def test_masks_follow_animatediffs_own_windows(family, model):
     """That pack says in the options of a run which frames of the clip it sees."""
