@@ -272,7 +272,7 @@ def test_a_positive_without_prompt(graph):
         graph.invert(positive=[])
 
 
-def test_context_windows_are_refused_for_matching_only(graph, inverted):
+def test_context_windows_of_one_model_only_are_refused_for_matching(graph, inverted):
     trajectory, sigmas = inverted
     windowed = graph.model.clone()
     windows = comfy.context_windows
@@ -281,7 +281,7 @@ def test_context_windows_are_refused_for_matching_only(graph, inverted):
     )
     guider = custom_sampler.CFGGuider.execute(windowed, graph.positive, graph.positive, 1.0).result[0]
     score = CaptureSTRScore.execute(trajectory, "", 1).result[0]
-    with refused(graph, "^model: context windows show STR matching only a part of the clip; remove"):
+    with refused(graph, "^model: only one of the inverted model and the edit's has context windows"):
         graph.run(graph.optimise(score), sigmas, guider=guider)
     assert graph.run(graph.sample(trajectory), sigmas, guider=guider).isfinite().all()
 

@@ -2,9 +2,9 @@
 
     python tools/train_tiny/train_unet.py RUN [--init FOLDER] [--minutes 100] [--processes 2]
 
-RUN is a folder with the VAE of `train_vae`. `unet.pt` in it is written every few minutes and at the end, and a second
-call, also with another number of processes, goes on from it; the schedule counts the minutes of all calls. The weights
-of the lowest held-out loss are in `best.pt`, which no worse ones replace.
+RUN is a folder with the VAE of `train_vae`; without one it gets that of --init. `unet.pt` in it is written every few
+minutes and at the end, and a second call, also with another number of processes, goes on from it; the schedule counts
+the minutes of all calls. The weights of the lowest held-out loss are in `best.pt`, which no worse ones replace.
 
 Velocity prediction (v); the clean latent's error is weighted by min-SNR (gamma 5), by (1 + 1 / SNR)^0.75 toward noisy
 times, where place, number and binding are decided, and up to threefold on objects where noise is low. At noisy times it
@@ -18,6 +18,7 @@ average of the weights is what is kept.
 from __future__ import annotations
 
 import argparse
+import shutil
 import signal
 import sys
 import tempfile
@@ -288,6 +289,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     arguments = parse_arguments()
+    if arguments.init and not (arguments.run / "vae").is_dir():
+        shutil.copytree(Path(arguments.init) / "vae", arguments.run / "vae")
     with tempfile.TemporaryDirectory() as folder:
         meeting = str(Path(folder) / "meeting")
         if arguments.processes == 1:
