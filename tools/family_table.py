@@ -32,7 +32,7 @@ KNOWN_AS = {  # what users call the models of a tiny family
 }
 SHOW1 = (
     "| Show-1, key frames in pixels | no: one attention reads prompt and frame together | no, for the same reason "
-    "| u | any number, in pixels |"
+    "| u | any number, one image in pixels each |"
 )
 HEAD = "| model | STR-Match looks at | ST-Layout acts in | DreamMotion compares keys in | frames of a clip |"
 
@@ -60,7 +60,7 @@ def _row(tiny) -> str:
     letters = sorted({block[0] for block in key_blocks(model)})
     compared = ", ".join(letters) if family.patched is None else f"the later half of {', '.join(letters)}"
     step, offset = family.frame_rule
-    frames = "any number" if step == 1 else f"{step} n + {offset}"
+    frames = "any number, one latent image each" if step == 1 else f"{step} n + {offset}, one video latent"
     return f"| {KNOWN_AS.get(tiny.name, tiny.name)} | {matched} | {regions} | {compared} | {frames} |"
 
 
