@@ -1,6 +1,7 @@
 """The three methods on each family that the host loads: tiny models of its own classes, with random weights."""
 
 import contextlib
+import json
 from dataclasses import replace
 
 import comfy.lora
@@ -14,6 +15,7 @@ from comfy.context_windows import (
     get_matching_fuse_method,
 )
 from comfy.patcher_extension import WrappersMP
+from comfy.quant_ops import QuantizedTensor
 from spacetime_edit.core.parametrization import noise_fraction
 from spacetime_edit.core.regions import Region, membership, partition
 from spacetime_edit.core.relevance import matching_loss
@@ -284,6 +286,30 @@ def test_gradients_with_smaller_weights_point_the_same_way(family, model, dtype)
     exact, rough = (gradient(m, family, family.clip())[1].flatten().double() for m in (model, small))
     assert torch.cosine_similarity(exact, rough, 0) > (0.99 if dtype is torch.bfloat16 else family.fp8)
     assert not torch.equal(exact, rough)
+
+
+@pytest.mark.parametrize("family", ["CogVideoX 1.0"], indirect=True, scope="module")
+@pytest.mark.parametrize("kind", ["float8_e4m3fn", "int8_tensorwise"])
+def test_gradients_of_quantised_checkpoints_point_the_same_way(family, model, kind):
+    """The host's own formats of quantised weights, as such checkpoints name them."""
+    top = {"float8_e4m3fn": 448.0, "int8_tensorwise": 127.0}[kind]
+    dtype = {"float8_e4m3fn": torch.float8_e4m3fn, "int8_tensorwise": torch.int8}[kind]
+    state = dict(family.weights())
+    layers = [name.removesuffix(".weight") for name, w in state.items() if w.ndim == 2 and name.startswith("blocks.")]
+    for layer in layers:
+        weight = state[f"{layer}.weight"]
+        scale = weight.abs().max() / top
+        state[f"{layer}.weight"] = (
+            (weight / scale).round().to(dtype) if dtype is torch.int8 else (weight / scale).to(dtype)
+        )
+        state[f"{layer}.weight_scale"] = scale
+        words = json.dumps({"format": kind}).encode()
+        state[f"{layer}.comfy_quant"] = torch.tensor(list(words), dtype=torch.uint8)
+    small = comfy.sd.load_diffusion_model_state_dict(state)
+    weights = [small.model.diffusion_model.get_submodule(layer).weight for layer in layers]
+    assert layers and all(isinstance(weight, QuantizedTensor) for weight in weights)
+    exact, rough = (gradient(m, family, family.clip())[1].flatten().double() for m in (model, small))
+    assert torch.cosine_similarity(exact, rough, 0) > 0.97 and not torch.equal(exact, rough)
 
 
 # --- the methods --------------------------------------------------------
