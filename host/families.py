@@ -158,7 +158,7 @@ FAMILIES = (
     ),
     Family(
         name="Wan",
-        base_model=("WAN21", "WAN22", "WAN21_FlowRVS"),
+        base_model=("WAN21", "WAN22"),
         diffusion_model="WanModel",
         attention=(
             ("spacetime", r"(blocks)\.(\d+)\.self_attn"),
@@ -184,7 +184,7 @@ FAMILIES = (
     ),
     Family(
         name="HunyuanVideo",
-        base_model=("HunyuanVideo", "HunyuanVideoI2V", "HunyuanVideoSkyreelsI2V", "HunyuanVideo15"),
+        base_model=("HunyuanVideo", "HunyuanVideoI2V", "HunyuanVideoSkyreelsI2V"),
         diffusion_model="HunyuanVideo",
         attention=(("joint", r"((?:double|single)_blocks)\.(\d+)"),),
         blocks=r"(?:double|single)_blocks\.\d+",
