@@ -1,7 +1,7 @@
 """What an edit will cost in time and memory, from a few steps of it at its own size."""
 
-import time
 from dataclasses import dataclass
+from time import perf_counter
 
 import comfy.model_management
 import comfy.samplers
@@ -139,7 +139,7 @@ def _seconds_a_step(probe: Trajectory, sampler, sigmas: Tensor, latent: Tensor, 
 
     def note(step, denoised, x, total):
         float(x.flatten()[0])  # waits for the device
-        ends.append(time.perf_counter())
+        ends.append(perf_counter())
 
     guider.sample(torch.zeros_like(latent), latent, sampler, sigmas, callback=note, disable_pbar=True, seed=0)
     return (ends[-1] - ends[0]) / (len(ends) - 1)

@@ -1,12 +1,12 @@
 """Options, tasks, memory and records of STR matching in real runs of the embedded model."""
 
 import logging
-from time import perf_counter
 
 import comfy.model_management as management
 import comfy.samplers
 import pytest
 import torch
+from spacetime_edit.host import cost as cost_module
 from spacetime_edit.host import relevance_matching
 from spacetime_edit.host.cost import Plan, predict_cost
 from spacetime_edit.host.inversion import invert
@@ -15,6 +15,7 @@ from spacetime_edit.host.sampling import TrajectorySampler
 from spacetime_edit.tests.host import support
 from spacetime_edit.tests.host.test_checkpointing import gradient
 from spacetime_edit.tools.live_memory import PeakMemory
+from torch.utils.flop_counter import FlopCounterMode
 
 FRAMES, SIDE, STEPS = 3, 8, 2
 FORMS = {
@@ -306,12 +307,17 @@ def test_predicted_cost_counts_steps_and_bytes(tiny):
     assert before.changed() == []
 
 
-def test_predicted_seconds_are_near_those_of_a_run(tiny, trajectory, edit):
-    """Within a factor of two, on a machine that may be busy."""
-    cost = predict_cost(tiny.model, edit, torch.randn(trajectory.shape), Plan(steps=10, prompts=1), "simple")
+def test_predicted_time_is_that_of_a_run(tiny, trajectory, edit, monkeypatch):
+    """On a clock that counts floating point operations: seconds of a busy machine prove nothing."""
+    with FlopCounterMode(display=False) as work:
+        monkeypatch.setattr(cost_module, "perf_counter", work.get_total_flops)
+        cost = predict_cost(tiny.model, edit, torch.randn(trajectory.shape), Plan(steps=10, prompts=1), "simple")
     sampling = tiny.model.get_model_object("model_sampling")
     sigmas = comfy.samplers.calculate_sigmas(sampling, "simple", 10)
-    start = perf_counter()
-    longer = invert(tiny.model, support.encode(tiny), torch.randn(trajectory.shape), sigmas)
-    run(sampler(longer), edit)
-    assert 0.5 <= cost.seconds / (perf_counter() - start) <= 2
+    with FlopCounterMode(display=False) as work:
+        longer = invert(tiny.model, support.encode(tiny), torch.randn(trajectory.shape), sigmas)
+        inversion = work.get_total_flops()
+        run(sampler(longer), edit)
+    assert inversion > 1e8
+    assert cost.inversion_seconds == pytest.approx(inversion, rel=0.05)
+    assert cost.edit_seconds == pytest.approx(work.get_total_flops() - inversion, rel=0.05)
