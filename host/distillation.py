@@ -28,7 +28,7 @@ from .gradients import latent_gradients, normal_tensor, predict
 from .latents import check_clip_latent, grid_mask_of, mask_like
 from .memory import ActivationMeter, small_tile, with_less_memory
 from .relevance_matching import HALF_PRECISION_SCALE, lacks_for_relevance, leading_cond
-from .windows import HANDLER
+from .windows import View, blended, check_handler, views_of
 
 log = logging.getLogger("spacetime_edit")
 
@@ -220,8 +220,12 @@ class _Found:
             self.pull = scales[name] * slope + (0 if self.pull is None else self.pull)
 
 
+TARGET, SOURCE, LOSS, SLOPE, PULL = "target ", "source ", "loss ", "slope ", "pull"
+"""What one window says, by the beginning of its name."""
+
+
 class _Looks:
-    """What the model says of the noised latents of a step."""
+    """What the model says of the noised latents of a step; of long clips in context windows, window by window."""
 
     def __init__(self, settings: Distillation, guider, model_options: dict):
         self._settings, self._guider, self._options = settings, guider, model_options
@@ -231,58 +235,75 @@ class _Looks:
 
     def __call__(self, target: Tensor, source: Tensor, sigma: Tensor, scales: Mapping[str, float] | None) -> Look:
         """See `core.distillation.distill`; of the model's regularisers each gradient is a backward pass."""
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        held, seen_source = None, None
-        if self._settings.delta or self._of_model:
-            seen_source, held = self._of_source(source, sigma)
-        denoised, found = self._of_target(target, sigma, held, scales)
+        views = views_of(target, sigma, self._guider.inner_model, self._options)
+        seen = blended(target, views, lambda view: self._of_view(view, target, source, sigma, scales))
+
+        def named(kind: str) -> dict:
+            return {name.removeprefix(kind): value for name, value in seen.items() if name.startswith(kind)}
+
+        found = _Found(named(LOSS), named(SLOPE), seen.get(PULL))
         if MOTION in self._active:
             loss, slope = self._motion(target, source, sigma)
             found.losses[MOTION] = loss
             found.add(MOTION, slope, scales)
-        return Look(denoised, seen_source, found.losses, found.slopes, found.pull)
+        denoised = self._guided(named(TARGET), target, sigma)
+        of_source = self._guided(named(SOURCE), source, sigma) if self._settings.delta else None
+        return Look(denoised, of_source, found.losses, found.slopes, found.pull)
+
+    def _of_view(self, view: View, target: Tensor, source: Tensor, sigma: Tensor, scales) -> dict[str, Tensor | float]:
+        """Predictions by prompt, losses and gradients, of the frames that a view sees."""
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        held, said = None, {}
+        if self._settings.delta or self._of_model:
+            seen, held = self._of_source(view, view.of(source), sigma)
+            said |= {SOURCE + branch: value for branch, value in seen.items()}
+        seen, found = self._of_target(view, view.of(target), sigma, held, scales)
+        said |= {TARGET + branch: value for branch, value in seen.items()}
+        said |= {LOSS + name: value for name, value in found.losses.items()}
+        said |= {SLOPE + name: value for name, value in found.slopes.items()}
+        return said if found.pull is None else said | {PULL: found.pull}
 
     def _recorders(self) -> tuple[KeyRecorder, FeatureRecorder | None, Recorders]:
         keys = KeyRecorder(self._settings.blocks)
         features = FeatureRecorder(None) if RELEVANCE in self._active else None
         return keys, features, Recorders(*filter(None, (keys, features)))
 
-    def _of_source(self, x: Tensor, sigma: Tensor):
-        """The guided prediction, None where no score asks for it, and what the regularisers compare with."""
+    def _of_source(self, view: View, x: Tensor, sigma: Tensor):
+        """The predictions by prompt, and what the regularisers compare with."""
         keys, features, recorder = self._recorders()
         prompts = {"text": SOURCE_POSITIVE, "negative": "negative"}
         if not self._settings.delta:
             prompts = {self._settings.branch: prompts[self._settings.branch]}
         tap = AttentionTap(self._guider.model_patcher, [recorder] if self._of_model else [], differentiable=True)
         seen = {
-            branch: self._predict(name, x, sigma, tap if branch == self._settings.branch else None)
+            branch: self._predict(view, name, x, sigma, tap if branch == self._settings.branch else None)
             for branch, name in prompts.items()
         }
         own_keys = {name: normal_tensor(t) for name, t in keys.keys.items()}
-        held = own_keys, {} if features is None else features.features
-        return self._guided(seen, x, sigma) if self._settings.delta else None, held
+        return seen, (own_keys, {} if features is None else features.features)
 
-    def _of_target(self, x: Tensor, sigma: Tensor, held, scales) -> tuple[Tensor, "_Found"]:
-        """The guided prediction, and what the regularisers say."""
+    def _of_target(self, view: View, x: Tensor, sigma: Tensor, held, scales) -> tuple[dict[str, Tensor], _Found]:
+        """The predictions by prompt, and what the regularisers say."""
         prompts = {"text": "positive", "negative": "negative"}
         graded = self._settings.branch if self._of_model else None
         seen = {}
         for branch, name in prompts.items():
             if branch != graded:
-                seen[branch] = self._metered(name, x, sigma) if graded else self._predict(name, x, sigma)
+                predict = self._metered if graded else self._predict
+                seen[branch] = predict(view, name, x, sigma)
         found = _Found()
         if graded:
-            arguments = prompts[graded], x, sigma, held, scales
+            arguments = view, prompts[graded], x, sigma, held, scales
             lean = None if self._low_memory else lambda: self._lean(*arguments)
             knobs = "the layers (such as u1)"
             seen[graded], found = with_less_memory("Video DDS", lambda: self._with_gradient(*arguments), lean, knobs)
-        return self._guided(seen, x, sigma), found
+        return seen, found
 
-    def _lean(self, *arguments) -> tuple[Tensor, "_Found"]:
+    def _lean(self, *arguments) -> tuple[Tensor, _Found]:
         self._low_memory = True
         return self._with_gradient(*arguments)
 
-    def _with_gradient(self, prompt: str, x: Tensor, sigma: Tensor, held, scales) -> tuple[Tensor, "_Found"]:
+    def _with_gradient(self, view: View, prompt: str, x: Tensor, sigma: Tensor, held, scales) -> tuple[Tensor, _Found]:
         base, patcher = self._guider.inner_model, self._guider.model_patcher
         keys, features, recorder = self._recorders()
         tap = AttentionTap(patcher, [recorder], differentiable=True)
@@ -304,9 +325,9 @@ class _Looks:
                 base,
                 x,
                 sigma,
-                leading_cond(self._guider.conds[prompt], sigma, prompt),
+                view.cond(leading_cond(self._guider.conds[prompt], sigma, prompt)),
                 losses,
-                model_options=tap.install(self._options),
+                model_options=tap.install(view.options(self._options)),
                 loss_scale=HALF_PRECISION_SCALE if half else 1.0,
                 mutates=family.mutates,
             )
@@ -345,19 +366,20 @@ class _Looks:
 
     # --- calls of the model ---------------------------------------------
 
-    def _predict(self, prompt: str, x: Tensor, sigma: Tensor, tap: AttentionTap | None = None) -> Tensor:
-        options = self._options if tap is None else tap.install(self._options)
-        cond = leading_cond(self._guider.conds[prompt], sigma, prompt)
+    def _predict(self, view: View, prompt: str, x: Tensor, sigma: Tensor, tap: AttentionTap | None = None) -> Tensor:
+        options = view.options(self._options)
+        options = options if tap is None else tap.install(options)
+        cond = view.cond(leading_cond(self._guider.conds[prompt], sigma, prompt))
         return predict(self._guider.inner_model, x, sigma * x.new_ones(x.shape[0]), cond, options)
 
-    def _metered(self, prompt: str, x: Tensor, sigma: Tensor) -> Tensor:
+    def _metered(self, view: View, prompt: str, x: Tensor, sigma: Tensor) -> Tensor:
         """The same; the first time it also learns what a gradient takes, and has the host make room."""
         if self._measured:
-            return self._predict(prompt, x, sigma)
+            return self._predict(view, prompt, x, sigma)
         patcher = self._guider.model_patcher
         meter = ActivationMeter(self._guider.inner_model.diffusion_model, family_of(patcher))
         with meter.open():
-            seen = self._predict(prompt, x, sigma)
+            seen = self._predict(view, prompt, x, sigma)
         self._measured, memory = True, meter.memory
         models = [patcher, *self._guider.loaded_models]
         needed = memory.total(checkpointing=self._low_memory)
@@ -400,11 +422,7 @@ def optimise(
         if not cond:
             raise ValueError(f"{name}: it holds no prompt; connect a CLIP Text Encode")
         check_picture(model, (about for _, about in cond), name)
-    if HANDLER in model.model_options:
-        raise ValueError(
-            "model: DreamMotion holds the attention keys of the whole clip, of which context windows show a part at a "
-            "time; remove the context window node"
-        )
+    check_handler(model.model_options)
     if "multigpu_clones" in model.model_options:
         raise ValueError("model: editing runs on one GPU; remove the multi-GPU node from this model")
     if settings.weights.get(RELEVANCE) and (lacking := lacks_for_relevance(model)):

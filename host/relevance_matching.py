@@ -175,10 +175,13 @@ class RelevanceMatching:
         cosines = []
 
         def gradient(x: Tensor) -> tuple[Tensor, Tensor]:
-            of_view = lambda view: (whole or _Matcher(self, step, run, view)).gradient(view.of(x))  # noqa: E731
-            loss, slope = blended(x, views, of_view)
-            cosines.append(-float(loss))
-            return loss, slope
+            def of_view(view: View) -> dict[str, Tensor]:
+                loss, slope = (whole or _Matcher(self, step, run, view)).gradient(view.of(x))
+                return {"loss": loss, "slope": slope}
+
+            found = blended(x, views, of_view)
+            cosines.append(-float(found["loss"]))
+            return found["loss"], found["slope"]
 
         x = descend(
             x,

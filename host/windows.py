@@ -1,10 +1,10 @@
 """Long clips in the host's context windows: what one window sees, and how what windows say is blended.
 
-Prediction in windows is the host's own. Here a gradient is taken window by window, each in the memory of its frames,
-and blended where windows overlap by the weights that the host blends predictions with.
+Sampling in windows is the host's own. Here a gradient is taken window by window, each in the memory of its frames, and
+blended where windows overlap by the weights that the host blends predictions with.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -51,7 +51,7 @@ class View:
         if self.window is None:
             return cond
         if "control" in cond:
-            raise ValueError("positive: STR matching in context windows cannot follow a ControlNet; remove one of them")
+            raise ValueError("positive: in context windows no gradient can follow a ControlNet; remove one of them")
         cut = {key: self._cut(key, value) for key, value in cond["model_conds"].items()}
         return {**cond, "model_conds": cut}
 
@@ -82,32 +82,43 @@ def views_of(latent: Tensor, sigma: Tensor, base_model, model_options: dict) -> 
 
 
 def blended(
-    latent: Tensor, views: list[View], compute: Callable[[View], tuple[Tensor, Tensor]]
-) -> tuple[Tensor, Tensor]:
-    """(mean of the losses, gradient for the whole latent) of what `compute` gives for each view's frames."""
+    latent: Tensor, views: list[View], compute: Callable[[View], Mapping[str, Tensor | float]]
+) -> dict[str, Tensor | float]:
+    """What `compute` gives for each view, by name, put together: numbers are averaged, latents of a view's frames
+    become one like `latent`."""
     if views[0].window is None:
-        return compute(views[0])
-    total, losses, dim = torch.zeros_like(latent), [], views[0].handler.dim
+        return dict(compute(views[0]))
+    found, dim = {}, views[0].handler.dim
     shape = [-1 if i == dim else 1 for i in range(latent.ndim)]
     counts = torch.zeros(latent.shape[dim], device=latent.device)
     for view in views:
-        loss, gradient = compute(view)
         weights = view.weights.to(latent)
-        view.window.add_window(total, gradient * weights.view(shape))
         counts[view.window.index_list] += weights
-        losses.append(loss)
-    return torch.stack(losses).mean(), total / counts.view(shape)
+        for name, value in compute(view).items():
+            if isinstance(value, Tensor) and value.ndim:
+                view.window.add_window(found.setdefault(name, torch.zeros_like(latent)), value * weights.view(shape))
+            else:
+                found[name] = found.get(name, 0.0) + value / len(views)
+    return {
+        name: value / counts.view(shape) if isinstance(value, Tensor) and value.ndim else value
+        for name, value in found.items()
+    }
+
+
+def check_handler(model_options: dict) -> None:
+    """ValueError for a context handler whose windows are not known here."""
+    handler = model_options.get(HANDLER)
+    if handler is not None and not isinstance(handler, IndexListContextHandler):
+        raise ValueError(
+            f"model: its context windows are of a kind ({type(handler).__name__}) in which no gradient is taken; use "
+            f"ComfyUI's own, or Sample from Trajectory"
+        )
 
 
 def check_windows(model_options: dict, of_source: dict) -> None:
     """ValueError for a context handler of another kind, or in one of two models only."""
     for options in (model_options, of_source):
-        handler = options.get(HANDLER)
-        if handler is not None and not isinstance(handler, IndexListContextHandler):
-            raise ValueError(
-                f"model: its context windows are of a kind ({type(handler).__name__}) that STR matching does not know; "
-                f"use ComfyUI's own, or Sample from Trajectory"
-            )
+        check_handler(options)
     if (HANDLER in model_options) != (HANDLER in of_source):
         raise ValueError(
             "model: only one of the inverted model and the edit's has context windows; put the node before both"

@@ -19,11 +19,18 @@ from comfy.quant_ops import QuantizedTensor
 from spacetime_edit.core.parametrization import noise_fraction
 from spacetime_edit.core.regions import Region, membership, partition
 from spacetime_edit.core.relevance import matching_loss
-from spacetime_edit.host import relevance_matching
+from spacetime_edit.host import distillation, relevance_matching
 from spacetime_edit.host.attention_tap import AttentionTap
 from spacetime_edit.host.checkpointing import checkpointed
 from spacetime_edit.host.conditioning import PICTURE
-from spacetime_edit.host.distillation import SPATIAL, TEMPORAL, Distillation, key_blocks, optimise
+from spacetime_edit.host.distillation import (
+    SOURCE_POSITIVE,
+    SPATIAL,
+    TEMPORAL,
+    Distillation,
+    key_blocks,
+    optimise,
+)
 from spacetime_edit.host.families import attention_layers, family_of
 from spacetime_edit.host.features import FeatureRecorder
 from spacetime_edit.host.gradients import latent_gradient, normal_tensor, predict
@@ -596,12 +603,59 @@ def test_matching_in_windows_blends_what_each_window_says(family, model, monkeyp
     torch.testing.assert_close(found[0], torch.stack(losses).mean(), rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("balance", [None, {SPATIAL: 2.0, TEMPORAL: 0.5}], ids=["slopes", "pull"])
+@pytest.mark.parametrize("family", ["Wan", "CogVideoX 1.0", "UNet3D"], indirect=True, scope="module")
+def test_distillation_in_windows_blends_what_each_window_says(family, model, balance):
+    """Against the windows' frames as clips of their own; a whole step in windows runs too."""
+    dim, channels, size = (2 if family.patched else 0), family.shape[1], family.shape[-2:]
+    clip = torch.randn(1, channels, 7, *size) if family.patched else torch.randn(7, channels, *size)
+    settings = Distillation(steps=1, weights={SPATIAL: 1.0, TEMPORAL: 1.0}, blocks=key_blocks(model), cfg=3.0)
+
+    def looked(model, clip):
+        guider = support.guider_of(model, family.conditioning(1), family.conditioning(), 3.0)
+        prompts = {"positive": 1, "negative": 0, SOURCE_POSITIVE: 2}
+        guider.inner_set_conds({name: family.conditioning(seed) for name, seed in prompts.items()})
+
+        def at(guider, x, sigma, extra_args):
+            looks = distillation._Looks(settings, guider, extra_args["model_options"])
+            return looks(x, x.flip(-1), sigma, balance)
+
+        return support.at_one_sigma(guider, clip, at, sigma_at(model, MIDDLE))
+
+    windowed = windowed_copy(model, family)
+    found, total, counts = looked(windowed, clip), {}, torch.zeros(7)
+    shape = [-1 if i == dim else 1 for i in range(clip.ndim)]
+    parts = []
+    for frames in (torch.tensor([0, 1, 2, 3]), torch.tensor([3, 4, 5, 6])):
+        part = looked(model, clip.index_select(dim, frames))
+        counts[frames] += torch.tensor([1.0, 2.0, 2.0, 1.0])
+        for name, value in tensors_of(part).items():
+            seen = total.setdefault(name, torch.zeros_like(clip))
+            seen.index_add_(dim, frames, value * torch.tensor([1.0, 2.0, 2.0, 1.0]).view(shape))
+        parts.append(part)
+    assert set(tensors_of(found)) == set(total) and len(total) >= 3
+    for name, value in tensors_of(found).items():
+        torch.testing.assert_close(value, total[name] / counts.view(shape), rtol=1e-4, atol=1e-6)
+    for name in (SPATIAL, TEMPORAL):
+        assert found.losses[name] == pytest.approx(sum(part.losses[name] for part in parts) / 2, rel=1e-4)
+    prompts = [family.conditioning(seed) for seed in (2, 1, 0)]
+    assert not torch.equal(optimise(windowed, *prompts, clip, settings, seed=0)[0], clip)
+
+
+def tensors_of(look):
+    """Of a `core.distillation.Look`, by name."""
+    named = {"target": look.denoised, "source": look.denoised_source, "pull": look.pull, **look.slopes}
+    return {name: value for name, value in named.items() if value is not None}
+
+
 @pytest.mark.parametrize("family", ["Wan", "UNet3D"], indirect=True, scope="module")
 def test_windows_that_cannot_be_followed_are_refused(family, model):
     windowed = windowed_copy(model, family)
     clip, prompt = family.clip(), family.conditioning()
-    with pytest.raises(ValueError, match="model: DreamMotion holds the attention keys of the whole clip"):
-        optimise(windowed, prompt, prompt, prompt, clip, Distillation(), seed=0)
+    foreign = model.clone()
+    foreign.model_options["context_handler"] = object()
+    with pytest.raises(ValueError, match="model: its context windows are of a kind"):
+        optimise(foreign, prompt, prompt, prompt, clip, Distillation(), seed=0)
     trajectory = invert(model, prompt, clip, sigmas_of(model, 2))
     with pytest.raises(ValueError, match="model: only one of the inverted model and the edit's has context windows"):
         sampled(windowed, family, trajectory, [RelevanceMatching(str_score_of(trajectory), 0.01)])
