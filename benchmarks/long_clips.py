@@ -1,4 +1,4 @@
-"""STR-Match on long clips in the host's context windows, on the embedded model: memory, and seams between windows.
+"""STR-Match and DreamMotion on long clips in the host's context windows, on the embedded model: memory, and seams.
 
     python benchmarks/long_clips.py [--n 4] [--frames 32] [--window 8] [--overlap 4] [--seed 0] [--json PATH]
 
@@ -13,10 +13,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 from pack import load_pack
@@ -32,6 +35,8 @@ from spacetime_edit.benchmarks._editing import Editor, Settings
 from spacetime_edit.benchmarks._figures import verdict
 from spacetime_edit.benchmarks._timing import peak_bytes
 from spacetime_edit.core.metrics import seam
+from spacetime_edit.core.trajectory import Trajectory
+from spacetime_edit.host.distillation import SPATIAL, TEMPORAL, Distillation, key_blocks, optimise
 from spacetime_edit.host.sampling import TrajectorySampler
 from spacetime_edit.tools.shape_world import world
 
@@ -54,11 +59,42 @@ def in_windows(editor: Editor, length: int, overlap: int) -> Editor:
     return editor
 
 
-def one_step(editor: Editor, scene: world.Scene) -> int:
-    """Peak bytes of the first step of an edit."""
-    trajectory = editor.invert(editor.encode(world.render(scene)[0]), scene)
+@dataclass(frozen=True)
+class Method:
+    """step: the first step of an edit of a scene; edit: its frames, by the edited scene and a seed."""
+
+    step: Callable[[Editor, world.Scene], object]
+    edit: Callable[[Editor, world.Scene, world.Scene, int], Tensor]
+
+
+def matching_step(editor: Editor, scene: world.Scene) -> Callable[[], Tensor]:
+    trajectory = inverted(editor, scene)
     sampler = TrajectorySampler(trajectory, before_step=[editor.matching(trajectory)])
-    return peak_bytes(lambda: editor.sample(scene, sampler, 0, torch.zeros(trajectory.shape), trajectory.sigmas[:2]))
+    return lambda: editor.sample(scene, sampler, 0, torch.zeros(trajectory.shape), trajectory.sigmas[:2])
+
+
+def matched(editor: Editor, source: world.Scene, target: world.Scene, seed: int) -> Tensor:
+    trajectory = inverted(editor, source)
+    return editor.edit(trajectory, target, seed, editor.matching(trajectory))
+
+
+def inverted(editor: Editor, scene: world.Scene) -> Trajectory:
+    return editor.invert(editor.encode(world.render(scene)[0]), scene)
+
+
+def distilled(editor: Editor, source: world.Scene, target: world.Scene, seed: int, steps: int = 32) -> Tensor:
+    """At the settings of `quality_dds`."""
+    settings = Distillation(
+        steps, 1.6, 4.0, weights={SPATIAL: 0.3, TEMPORAL: 0.1}, blocks=key_blocks(editor.model), low_memory=False
+    )
+    prompts = [editor.prompt(text) for text in (world.caption(source), world.caption(target), "")]
+    return optimise(editor.model, *prompts, editor.encode(world.render(source)[0]), settings, seed=seed)[0]
+
+
+METHODS = {
+    "STR-Match": Method(matching_step, matched),
+    "DreamMotion": Method(lambda editor, scene: lambda: distilled(editor, scene, scene, 0, steps=1), distilled),
+}
 
 
 def main() -> int:
@@ -72,32 +108,34 @@ def main() -> int:
     windows = arguments.window, arguments.overlap
     with torch.inference_mode():
         short, long = Editor(Settings()), in_windows(Editor(Settings()), *windows)
-        step = {
-            "one window": one_step(short, scene_of(generator, arguments.window)),
-            "windows": one_step(long, scene_of(generator, arguments.frames)),
-        }
-        memory = step["windows"] / step["one window"]
-        print(f"peak of a step, {arguments.frames} frames in windows / {arguments.window} frames: {memory:.2f}")
-        starts = range(arguments.window - arguments.overlap, arguments.frames, arguments.window - arguments.overlap)
-        rows = []
-        for number in range(arguments.n):
-            source = scene_of(generator, arguments.frames)
-            target = world.sample_edit(source, "shape", generator, 0)
-            frames = world.render(source)[0]
-            trajectory = long.invert(long.encode(frames), source)
-            edit = long.decode(long.edit(trajectory, target, number, long.matching(trajectory)))
-            places = [start for start in starts if start < arguments.frames]
-            rows.append({"source": seam(frames, places), "edit": seam(edit, places)})
-            print(
-                f"  clip {number}: seam of source {rows[-1]['source']:.3f}, of edit {rows[-1]['edit']:.3f}", flush=True
-            )
-    ratio = float(np.mean([row["edit"] / row["source"] for row in rows]))
-    report = {"memory": memory, "seam": ratio, "bytes": step, "clips": rows}
-    print(verdict(memory <= MEMORY_AT_MOST, f"memory {memory:.2f} of that of one window (at most {MEMORY_AT_MOST})"))
-    print(verdict(ratio <= SEAM_AT_MOST, f"seam of the edit {ratio:.2f} times the source's (at most {SEAM_AT_MOST})"))
+        reports = {name: measure(method, short, long, generator, arguments) for name, method in METHODS.items()}
+    for name, report in reports.items():
+        memory, ratio = report["memory"], report["seam"]
+        print(
+            verdict(memory <= MEMORY_AT_MOST, f"{name}: memory {memory:.2f} of one window's (at most {MEMORY_AT_MOST})")
+        )
+        print(verdict(ratio <= SEAM_AT_MOST, f"{name}: seam {ratio:.2f} times the source's (at most {SEAM_AT_MOST})"))
     if arguments.json:
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        arguments.json.write_text(json.dumps(reports, indent=1) + "\n", encoding="utf-8")
     return 0
+
+
+def measure(method: Method, short: Editor, long: Editor, generator: np.random.Generator, arguments) -> dict:
+    """Memory of a step in windows over that of one window, and the seams of edits over those of their sources."""
+    frames, stride = arguments.frames, arguments.window - arguments.overlap
+    step = {
+        "one window": peak_bytes(method.step(short, scene_of(generator, arguments.window))),
+        "windows": peak_bytes(method.step(long, scene_of(generator, frames))),
+    }
+    places, rows = list(range(stride, frames, stride)), []
+    for number in range(arguments.n):
+        source = scene_of(generator, frames)
+        target = world.sample_edit(source, "shape", generator, 0)
+        edit = long.decode(method.edit(long, source, target, number))
+        rows.append({"source": seam(world.render(source)[0], places), "edit": seam(edit, places)})
+        print(f"  clip {number}: seam of source {rows[-1]['source']:.3f}, of edit {rows[-1]['edit']:.3f}", flush=True)
+    ratio = float(np.mean([row["edit"] / row["source"] for row in rows]))
+    return {"memory": step["windows"] / step["one window"], "seam": ratio, "bytes": step, "clips": rows}
 
 
 if __name__ == "__main__":

@@ -21,13 +21,14 @@ from pack import host_path
 from real_templates import (
     PARTS,
     animatediff,
-    cogvideox,
+    boxes_of,
     dds_show1,
     dds_zeroscope,
-    edit_by_boxes,
     lavie,
+    long_clip,
     sd15,
-    wan,
+    transformer,
+    two_models,
     zeroscope,
 )
 from server import LiveServer
@@ -38,7 +39,6 @@ from template_parts import (
     inversion,
     invert,
     load,
-    load_wan,
     prompts,
     result,
     sample,
@@ -353,6 +353,17 @@ def relevant(graph: Graph, source: Source, clip: Node) -> Output:
 FIRST, SECOND = (partial(of_the_clip, output=output) for output in ("mask_1", "mask_2"))
 DELETE = {"clip": use.DELETE_CLIP, "prompt": use.DELETE_PROMPT, "mask": SECOND, "task": "delete"}
 
+TRANSFORMERS = {
+    "cogvideox": use.COG,
+    "wan": use.WAN,
+    "hunyuan": use.HUNYUAN,
+    "ltx": use.LTX,
+    "mochi": use.MOCHI,
+    "cosmos": use.COSMOS,
+    "kandinsky": use.KANDINSKY,
+}
+"""By key of their notes."""
+
 TEMPLATES: dict[str, tuple[str, Callable]] = {  # name: key of the notes and of the saved files, builder
     "Swap an object - prompt swap (tiny)": ("prompt_swap", partial(tiny, matching=False)),
     "Swap an object - STR-Match (tiny)": ("str_match", with_curve),
@@ -370,12 +381,14 @@ TEMPLATES: dict[str, tuple[str, Callable]] = {  # name: key of the notes and of 
     "Recolour inside a box - DreamMotion (tiny)": ("dds_mask", partial(dds, masked=True)),
     "Recolour, then polish - DreamMotion with STR-Match (tiny)": ("dds_polish", partial(dds, polished=True)),
     "Swap an object - STR-Match (LaVie)": ("lavie", lambda graph, name: lavie(graph)),
-    "Swap an object - STR-Match (CogVideoX)": ("cogvideox", lambda graph, name: cogvideox(graph)),
-    "Swap an object - STR-Match (Wan)": ("wan", lambda graph, name: wan(graph)),
-    "Several objects - ST-Layout (Wan)": (
-        "wan_regions",
-        lambda graph, name: edit_by_boxes(graph, *load_wan(graph), name, use.WAN_CFG),
-    ),
+    **{
+        f"Swap an object - STR-Match ({kind.title})": (key, partial(transformer, kind=kind))
+        for key, kind in TRANSFORMERS.items()
+    },
+    "Swap an object - STR-Match (Wan 2.2)": ("wan22", partial(two_models, high=use.WAN_HIGH, low=use.WAN_LOW)),
+    "Swap an object in a long clip - STR-Match (Wan)": ("long_clip", partial(long_clip, kind=use.WAN)),
+    "Several objects - ST-Layout (Wan)": ("wan_regions", partial(boxes_of, kind=use.WAN)),
+    "Several objects - ST-Layout (LTX-Video)": ("ltx_regions", partial(boxes_of, kind=use.LTX)),
     "Swap an object - STR-Match (AnimateDiff)": ("animatediff", partial(animatediff, regions=False)),
     "Several objects - ST-Layout (AnimateDiff)": ("animatediff_regions", partial(animatediff, regions=True)),
     "Restyle a clip - DreamMotion (Zeroscope)": ("dds_zeroscope", lambda graph, name: dds_zeroscope(graph)),

@@ -5,18 +5,21 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import template_settings as use
-from graphs import Graph, Node
+from graphs import Graph, Node, Output
 from template_parts import (
     Source,
     encode,
     folder,
     inversion,
     load_folder,
-    load_wan,
+    load_transformer,
+    network,
+    own_clip,
     prompts,
     result,
     sample,
     str_sampler,
+    text_and_vae,
 )
 
 
@@ -28,43 +31,56 @@ def zeroscope(graph: Graph) -> None:
 def lavie(graph: Graph) -> None:
     """STR-Match on LaVie and a clip of the user's."""
     graph.group("Load")
-    network = graph.add("STE_LoadLaVie", model_name=use.LAVIE)
-    network.models = [{"name": use.LAVIE, "url": use.LAVIE_URL, "directory": "diffusion_models"}]
+    loader = graph.add("STE_LoadLaVie", model_name=use.LAVIE)
+    loader.models = [{"name": use.LAVIE, "url": use.LAVIE_URL, "directory": "diffusion_models"}]
     checkpoint = graph.add("CheckpointLoaderSimple", "CLIP and VAE: any SD 1.x", ckpt_name=use.SD15)
     checkpoint.models = [{"name": use.SD15, "url": use.SD15_URL, "directory": "checkpoints"}]
-    file = graph.add("LoadVideo", title="Your clip: choose a file", file="")
-    graph.column()
-    parts = graph.add("GetVideoComponents", video=file["VIDEO"])
-    size = {"max_frames": use.LAVIE_FRAMES, "max_side": use.LAVIE_SIDE}
-    clip = graph.add("STE_FitClipToModel", images=parts["images"], model=network["MODEL"], **size)
-    model = {"MODEL": network["MODEL"], "CLIP": checkpoint["CLIP"], "VAE": checkpoint["VAE"]}
+    parts, clip = own_clip(graph, loader["MODEL"], use.LAVIE_FRAMES, use.LAVIE_SIDE)
+    model = {"MODEL": loader["MODEL"], "CLIP": checkpoint["CLIP"], "VAE": checkpoint["VAE"]}
     match_real(graph, model, parts, clip, "lavie")
 
 
-def cogvideox(graph: Graph) -> None:
-    """STR-Match on CogVideoX and a clip of the user's."""
+def transformer(graph: Graph, name: str, *, kind: use.Transformer) -> None:
+    """STR-Match on a video transformer and a clip of the user's."""
+    match_real(graph, *load_transformer(graph, kind), name, kind.cfg)
+
+
+def long_clip(graph: Graph, name: str, *, kind: use.Transformer) -> None:
+    """STR-Match on a clip that is longer than the model's, in the host's context windows."""
     graph.group("Load")
-    network = graph.add("STE_LoadCogVideoX", model_name=use.COGVIDEOX)
-    network.models = [
-        {"name": name, "url": f"{use.COGVIDEOX_URL}/{name.split('/')[-1]}", "directory": "diffusion_models"}
-        for name in (use.COGVIDEOX, use.COGVIDEOX_REST)
-    ]
-    text = graph.add("CLIPLoader", clip_name=use.T5, type="cogvideox")
-    text.models = [{"name": use.T5, "url": use.T5_URL, "directory": "text_encoders"}]
-    vae = graph.add("VAELoader", vae_name=use.COGVIDEOX_VAE)
-    vae.models = [{"name": use.COGVIDEOX_VAE, "url": use.COGVIDEOX_VAE_URL, "directory": "vae"}]
+    loader, model = network(graph, kind)
+    others = text_and_vae(graph, kind, loader)
     file = graph.add("LoadVideo", title="Your clip: choose a file", file="")
     graph.column()
+    windowed = graph.add("WanContextWindowsManual", model=model, **use.LONG_WINDOW)["MODEL"]
     parts = graph.add("GetVideoComponents", video=file["VIDEO"])
-    size = {"max_frames": use.COGVIDEOX_FRAMES, "max_side": use.COGVIDEOX_SIDE}
-    clip = graph.add("STE_FitClipToModel", images=parts["images"], model=network["MODEL"], **size)
-    model = {"MODEL": network["MODEL"], "CLIP": text["CLIP"], "VAE": vae["VAE"]}
-    match_real(graph, model, parts, clip, "cogvideox", use.COGVIDEOX_CFG)
+    size = {"max_frames": use.LONG_FRAMES, "max_side": kind.side}
+    clip = graph.add("STE_FitClipToModel", images=parts["images"], model=windowed, **size)
+    match_real(graph, {"MODEL": windowed, **others}, parts, clip, name, kind.cfg)
 
 
-def wan(graph: Graph) -> None:
-    """STR-Match on Wan 2.1 and a clip of the user's."""
-    match_real(graph, *load_wan(graph), "wan", use.WAN_CFG)
+def two_models(graph: Graph, name: str, *, high: use.Transformer, low: use.Transformer) -> None:
+    """STR-Match on a pair of models, of which one works at high noise and one at low noise."""
+    graph.group("Load")
+    loader, at_high = network(graph, high)
+    _, at_low = network(graph, low)
+    others = text_and_vae(graph, high, loader)
+    parts, clip = own_clip(graph, at_low, high.frames, high.side)
+    model = {"MODEL": at_low, **others}
+    graph.group("Invert: low noise, then high")
+    positive, latent = encode(graph, model, clip["images"], use.STR_SOURCE)
+    graph.column()
+    start = {"positive": positive["CONDITIONING"], "latent": latent["LATENT"], "steps": 50}
+    below = graph.add("STE_InvertVideo", "Low noise", model=at_low, to_percent=use.WAN_PERCENT, **start)
+    above = graph.add("STE_InvertVideo", "High noise", model=at_high, trajectory=below["trajectory"], **start)
+    conds = prompts(graph, model, use.STR_PROMPT, group="Edit: high noise, then low")
+    sampler = str_sampler(graph, above, strength=0.01)
+    drawn = sample(graph, Source({"MODEL": at_high}, latent["LATENT"], above), conds, sampler["sampler"], high.cfg)
+    graph.column()
+    sampler = str_sampler(graph, below, strength=0.01, goes_on=True)
+    drawn = sample(graph, Source({"MODEL": at_low}, drawn["output"], below), conds, sampler["sampler"], high.cfg)
+    edited = result(graph, model, drawn)
+    compare(graph, clip, edited, parts, name)
 
 
 def animatediff(graph: Graph, name: str, *, regions: bool) -> None:
@@ -110,10 +126,20 @@ def edit_by_boxes(graph: Graph, model: dict, parts: Node, clip: Node, name: str,
     source = Source({"MODEL": patched["model"]}, latent["LATENT"], trajectory)
     conds = {"CONDITIONING": positive["conditioning"]}, negative
     edited = result(graph, model, sample(graph, source, conds, sampler["sampler"], cfg))
+    compare(graph, clip, edited, parts, name)
+
+
+def compare(graph: Graph, clip: Node, edited: Output, parts: Node, name: str) -> None:
+    """Clip and edit side by side, as a film."""
     graph.column()
     pair = graph.add("ImageStitch", title="Clip | edit", image1=clip["images"], image2=edited)
     film = graph.add("CreateVideo", images=pair["IMAGE"], fps=parts["fps"])
     graph.add("SaveVideo", title="Film: clip | edit", video=film["VIDEO"], filename_prefix=f"spacetime_edit/{name}")
+
+
+def boxes_of(graph: Graph, name: str, *, kind: use.Transformer) -> None:
+    """ST-Layout on a video transformer and a clip of the user's."""
+    edit_by_boxes(graph, *load_transformer(graph, kind), name, kind.cfg)
 
 
 def match_real(graph: Graph, model: Node | dict, parts: Node, clip: Node, name: str, cfg: float = 7.5) -> None:
@@ -133,11 +159,7 @@ def match_real(graph: Graph, model: Node | dict, parts: Node, clip: Node, name: 
     edited = result(graph, model, sample(graph, source, conds, sampler["sampler"], cfg))
     film = graph.add("CreateVideo", images=edited, fps=parts["fps"])
     graph.add("SaveVideo", title="Film: the edit", video=film["VIDEO"], filename_prefix=f"spacetime_edit/{name}")
-    graph.column()
-    pair = graph.add("ImageStitch", title="Clip | edit", image1=clip["images"], image2=edited)
-    film = graph.add("CreateVideo", images=pair["IMAGE"], fps=parts["fps"])
-    prefix = f"spacetime_edit/{name}_compared"
-    graph.add("SaveVideo", title="Film: clip | edit", video=film["VIDEO"], filename_prefix=prefix)
+    compare(graph, clip, edited, parts, f"{name}_compared")
 
 
 def dds_zeroscope(graph: Graph) -> None:
@@ -151,10 +173,7 @@ def dds_zeroscope(graph: Graph) -> None:
     moved = graph.add("STE_VideoDDSOptimize", model=model["MODEL"], latent=latent["LATENT"], **conds)
     graph.group("Result")
     edited = graph.add("VAEDecode", samples=moved["latent"], vae=model["VAE"])["IMAGE"]
-    graph.column()
-    pair = graph.add("ImageStitch", title="Clip | edit", image1=clip["images"], image2=edited)
-    film = graph.add("CreateVideo", images=pair["IMAGE"], fps=parts["fps"])
-    graph.add("SaveVideo", title="Film: clip | edit", video=film["VIDEO"], filename_prefix="spacetime_edit/dreammotion")
+    compare(graph, clip, edited, parts, "dreammotion")
 
 
 def dds_show1(graph: Graph) -> None:
@@ -263,7 +282,4 @@ def sd15(graph: Graph, name: str, *, tracked: bool, told: Told = OBJECTS) -> Non
     source = Source({"MODEL": patched["model"]}, latent["LATENT"], trajectory)
     conds = {"CONDITIONING": held["positive"]}, {"CONDITIONING": held["negative"]}
     edited = result(graph, model, sample(graph, source, conds, sampler["sampler"], 7.5))
-    graph.column()
-    pair = graph.add("ImageStitch", title="Clip | edit", image1=clip["images"], image2=edited)
-    film = graph.add("CreateVideo", images=pair["IMAGE"], fps=parts["fps"])
-    graph.add("SaveVideo", title="Film: clip | edit", video=film["VIDEO"], filename_prefix=f"spacetime_edit/{name}")
+    compare(graph, clip, edited, parts, name)

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from template_settings import (
-    COGVIDEOX_FRAMES,
-    COGVIDEOX_SIDE,
+    COG,
     COGVIDEOX_URL,
     COMPARED_LAMBDAS,
+    COSMOS,
     DDS_FRAMES,
     DEPTH_MODEL,
     DEPTH_NET,
+    HUNYUAN,
+    KANDINSKY,
     LAVIE,
     LAVIE_FRAMES,
     LAVIE_SIDE,
     LAVIE_URL,
+    LONG_FRAMES,
+    LONG_WINDOW,
+    LTX,
+    MOCHI,
     MOTION,
     PARTS_TRACKED,
     SAM3,
@@ -25,12 +31,14 @@ from template_settings import (
     SHOW1_URL,
     TINY_LAMBDA,
     WAN,
-    WAN_FRAMES,
-    WAN_SIDE,
+    WAN_HIGH,
+    WAN_LOW,
+    WAN_PERCENT,
     ZEROSCOPE,
     ZEROSCOPE_FRAMES,
     ZEROSCOPE_SIDE,
     ZEROSCOPE_URL,
+    Transformer,
 )
 
 NOTHING_NEEDED = "No download, no GPU."
@@ -39,6 +47,41 @@ finetune of SD 1.5), `controlnet/{DEPTH_NET}`, `geometry_estimation/{DEPTH_MODEL
 SD15_SIZE = f"""**Fit Clip to Model** takes the first {SD15_FRAMES} frames and scales the longest side to {SD15_SIDE}: \
 what the method was published with. **Inflate Attention to Video** lets the frames see one another, in the inversion \
 and in the edit."""
+
+
+def offered(kind: Transformer) -> str:
+    """What the template offers for download."""
+    with_vae = "with its VAE, and the text encoder" if kind.vae is None else "text encoder and VAE"
+    return f"`{kind.network.directory}/{kind.network.name}`, {with_vae}"
+
+
+def fitted(kind: Transformer) -> str:
+    return f"""**Fit Clip to Model** takes the first {kind.frames} frames (always {kind.step} n + 1) and scales the \
+longest side to {kind.side}."""
+
+
+def matched(kind: Transformer, more: str = "") -> str:
+    """About STR-Match on a transformer."""
+    return f"""## STR-Match on {kind.title}
+A transformer whose attention sees all frames at once; the score takes it from the first two blocks. The template \
+offers the files: {offered(kind)}. Press **R**, choose your clip, write what it shows and what it should show, and \
+run. *Predict Cost* says first how long it will take: cancel if that is too long.
+
+{fitted(kind)}{more}"""
+
+
+def regions_of(kind: Transformer) -> str:
+    """About ST-Layout by boxes on a transformer."""
+    return f"""## Regions on {kind.title}
+Each phrase of the prompt stays in its region, without a word on which is where in the prompt. The template offers the \
+files: {offered(kind)}. Press **R**, choose your clip and write its prompt.
+
+1. **Mask from Boxes** holds one line a key frame, *frame: x, y, width, height*; between them the box moves.
+2. Each **Region Prompt** ties a phrase to its mask; *Preview Regions* shows both over the clip.
+3. **ST-Layout Attention Patch** goes on the model; outside the regions the clip stays.
+
+{fitted(kind)}"""
+
 
 ABOUT = {
     "prompt_swap": f"""## Prompt swap
@@ -221,24 +264,42 @@ that is too long.
 
 **Fit Clip to Model** takes the first {LAVIE_FRAMES} frames and scales the longest side to {LAVIE_SIDE}. A clip of 24 \
 frames a second moves little in so few: set **every_nth** to 3.""",
-    "wan": f"""## STR-Match on Wan
-A transformer whose attention sees all frames at once; the score takes it from the first two blocks. The template \
-offers the files: `diffusion_models/{WAN}` (the 14B fits the same graph), text encoder and VAE. Press **R**, choose \
-your clip, write what it shows and what it should show, and run. *Predict Cost* says first how long it will take: \
-cancel if that is too long.
+    "wan": matched(WAN, " The 14B fits the same graph."),
+    "hunyuan": matched(HUNYUAN, " **cfg** stays 1: the model was made to follow the prompt by itself."),
+    "ltx": matched(LTX, " The smallest and fastest of these models."),
+    "mochi": matched(MOCHI),
+    "cosmos": matched(COSMOS, " Made to go on from a picture; here it gets the whole clip."),
+    "kandinsky": matched(KANDINSKY),
+    "wan22": f"""## STR-Match on Wan 2.2
+Two models share the denoising: one works at high noise, one at low noise. The template offers both \
+(`{WAN_HIGH.network.name}`, `{WAN_LOW.network.name}`), text encoder and VAE.
 
-**Fit Clip to Model** takes the first {WAN_FRAMES} frames (always 4 n + 1) and scales the longest side to \
-{WAN_SIDE}.""",
-    "wan_regions": f"""## Regions on Wan
-Each phrase of the prompt stays in its region, without a word on which is where in the prompt. The template offers the \
-files: `diffusion_models/{WAN}`, text encoder and VAE. Press **R**, choose your clip and write its prompt.
+1. The inversion goes up: **Low noise** inverts the clip to where the other takes over (**to_percent** \
+{WAN_PERCENT:g}), **High noise** goes on from there to pure noise.
+2. The edit goes down: first with the model of high noise, then, with **goes_on**, with the other.
 
-1. **Mask from Boxes** holds one line a key frame, *frame: x, y, width, height*; between them the box moves.
-2. Each **Region Prompt** ties a phrase to its mask; *Preview Regions* shows both over the clip.
-3. **ST-Layout Attention Patch** goes on the model; outside the regions the clip stays.
+{fitted(WAN_HIGH)} The models are 14 GB each, one of them at a time in memory.""",
+    "long_clip": f"""## STR-Match on a long clip
+The model sees {LONG_WINDOW["context_length"]} frames at a time: *Wan Context Windows* goes before the inversion and \
+before the edit, and the score is matched window by window, in the memory of one. Where windows overlap they are \
+blended. The template offers {offered(WAN)}.
 
-**Fit Clip to Model** takes the first {WAN_FRAMES} frames (always 4 n + 1) and scales the longest side to \
-{WAN_SIDE}.""",
+**Fit Clip to Model** takes the first {LONG_FRAMES} frames. A schedule that moves its windows from step to step \
+(*uniform*) hides seams better when a clip is made anew; for an inversion that shall return to the clip take \
+*standard_static*.""",
+    "wan_regions": regions_of(WAN),
+    "ltx_regions": regions_of(LTX),
+    "cogvideox": f"""## STR-Match on CogVideoX
+A transformer whose attention sees all frames at once; the score takes it from the first two blocks, as the paper \
+does. **Download** the two files of [the folder transformer]({COGVIDEOX_URL.replace("/resolve/", "/tree/")}) of \
+CogVideoX-5b to
+
+`ComfyUI/models/diffusion_models/CogVideoX-5b`
+
+The template offers the text encoder and the VAE. Press **R**, choose your clip, write what it shows and what it \
+should show, and run. *Predict Cost* says first how long it will take: cancel if that is too long.
+
+{fitted(COG)} A clip of 24 frames a second moves little in so few: set **every_nth** to 3.""",
     "animatediff": f"""## STR-Match on AnimateDiff
 Stable Diffusion 1.5, or a finetune of it, with a motion model. Install **AnimateDiff-Evolved** with ComfyUI Manager; \
 the template offers `checkpoints/{SD15}` and `animatediff_models/{MOTION}`. Press **R**, choose your clip, write what \
@@ -253,18 +314,6 @@ offers `checkpoints/{SD15}` and `animatediff_models/{MOTION}`. Press **R**, choo
 1. **Mask from Boxes** holds one line a key frame, *frame: x, y, width, height*; between them the box moves.
 2. Each **Region Prompt** ties a phrase to its mask; *Preview Regions* shows both over the clip.
 3. **ST-Layout Attention Patch** goes behind *Use Evolved Sampling*; outside the regions the clip stays.""",
-    "cogvideox": f"""## STR-Match on CogVideoX
-A transformer whose attention sees all frames at once; the score takes it from the first two blocks, as the paper \
-does. **Download** the two files of [the folder transformer]({COGVIDEOX_URL.replace("/resolve/", "/tree/")}) of \
-CogVideoX-5b to
-
-`ComfyUI/models/diffusion_models/CogVideoX-5b`
-
-The template offers the text encoder and the VAE. Press **R**, choose your clip, write what it shows and what it \
-should show, and run. *Predict Cost* says first how long it will take: cancel if that is too long.
-
-**Fit Clip to Model** takes the first {COGVIDEOX_FRAMES} frames (always 4 n + 1) and scales the longest side to \
-{COGVIDEOX_SIDE}. A clip of 24 frames a second moves little in so few: set **every_nth** to 3.""",
     "zeroscope": f"""## STR-Match on Zeroscope
 **Download** all of [{ZEROSCOPE}]({ZEROSCOPE_URL}) in diffusers layout (folders `unet`, `vae`, `text_encoder`, \
 `tokenizer`) to
@@ -277,6 +326,26 @@ Cost* says first how long it will take: cancel if that is too long.
 **Fit Clip to Model** takes the first {ZEROSCOPE_FRAMES} frames and scales the longest side to {ZEROSCOPE_SIDE}. A \
 clip of 24 frames a second moves little in so few: set **every_nth** to 3.""",
 }
+
+TRY_REGIONS = """### Try
+- **cross_strength** 1.5 if a phrase does not come; 0 and 0: the prompt alone.
+- masks by SAM3 instead of boxes: *SAM3 Video Track* and *Regions from Masks*, as in the template for SD 1.5.
+- **dilation** of *Sample from Trajectory* larger, if the new object is larger than the old one.
+- *STR Latent Optimizer* in place of *Sample from Trajectory*: motion is held too."""
+
+
+def tried(*more: str) -> str:
+    """What to try with STR-Match on a transformer."""
+    lines = (
+        "**lambda** 0.005 to 0.05. Smaller: more of the prompt. Larger: more of the clip's motion and background.",
+        "**steps** 20 in *Invert Video* for a first look, 50 for the result.",
+        "**layers** *b0* in *Capture STR Score* if memory is short: one block less to match.",
+        *more,
+        "a **mask** (white = edit) on *Fit Clip to Model*, from there to *STR Latent Optimizer*: the rest of the "
+        "picture stays.",
+    )
+    return "\n".join(["### Try", *(f"- {line}" for line in lines)])
+
 
 TRY = {
     "prompt_swap": """### Try
@@ -383,12 +452,14 @@ stay more. (At 0 there is no match and no curve: that is the template *prompt sw
 - an SD 1.5 finetune for its CLIP and VAE; LoRAs of SD 1.5 fit the model's spatial layers.
 - a **mask** (white = edit) on *Fit Clip to Model*, from there to *STR Latent Optimizer*: the rest of the picture \
 stays.""",
-    "wan": """### Try
-- **lambda** 0.005 to 0.05. Smaller: more of the prompt. Larger: more of the clip's motion and background.
-- **steps** 20 in *Invert Video* for a first look, 50 for the result.
-- **layers** *b0* in *Capture STR Score* if memory is short: one block less to match.
-- a **mask** (white = edit) on *Fit Clip to Model*, from there to *STR Latent Optimizer*: the rest of the picture \
-stays.""",
+    **{key: tried() for key in ("wan", "hunyuan", "ltx", "mochi", "cosmos", "kandinsky")},
+    "wan22": tried("**to_percent** larger: more of the work for the model of high noise, which decides the layout."),
+    "long_clip": tried("a longer **context_overlap**: softer seams, more windows."),
+    "wan_regions": TRY_REGIONS,
+    "ltx_regions": TRY_REGIONS,
+    "cogvideox": tried(
+        "**weight_dtype** *fp8_e4m3fn* in *Load CogVideoX*: a quarter of the memory of fp32, and less exact."
+    ),
     "animatediff": """### Try
 - **lambda** 0.005 to 0.05. Smaller: more of the prompt. Larger: more of the clip's motion and background.
 - **layers** *m0* in *Capture STR Score* if memory is short.
@@ -400,17 +471,6 @@ stays.""",
 - **temporal_strength** 1 if an object that moves takes the looks of the region it leaves.
 - masks by SAM3 instead of boxes: *SAM3 Video Track* and *Regions from Masks*, as in the template for SD 1.5.
 - *STR Latent Optimizer* in place of *Sample from Trajectory*: motion is held too.""",
-    "wan_regions": """### Try
-- **cross_strength** 1.5 if a phrase does not come; 0 and 0: the prompt alone.
-- masks by SAM3 instead of boxes: *SAM3 Video Track* and *Regions from Masks*, as in the template for SD 1.5.
-- **dilation** of *Sample from Trajectory* larger, if the new object is larger than the old one.
-- *STR Latent Optimizer* in place of *Sample from Trajectory*: motion is held too.""",
-    "cogvideox": """### Try
-- **lambda** 0.005 to 0.05. Smaller: more of the prompt. Larger: more of the clip's motion and background.
-- **layers** *b0* in *Capture STR Score* if memory is short: one block less to match.
-- **weight_dtype** *fp8_e4m3fn* in *Load CogVideoX*: a quarter of the memory of fp32, and less exact.
-- a **mask** (white = edit) on *Fit Clip to Model*, from there to *STR Latent Optimizer*: the rest of the picture \
-stays.""",
     "zeroscope": """### Try
 - **lambda** 0.005 to 0.05. Smaller: more of the prompt. Larger: more of the clip's motion and background.
 - **steps** 20 in *Invert Video* for a first look, 50 for the result.

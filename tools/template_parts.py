@@ -41,30 +41,52 @@ def load_folder(graph: Graph, name: str, frames: int) -> tuple[Node, Node, Node]
     """The group with real weights and a clip of the user's: the model, the parts of the video, the clip that fits."""
     graph.group("Load")
     model = folder(graph, name)
-    file = graph.add("LoadVideo", title="Your clip: choose a file", file="")
-    graph.column()
-    parts = graph.add("GetVideoComponents", video=file["VIDEO"])
-    size = {"max_frames": frames, "max_side": FOLDERS[name][1]}
-    return model, parts, graph.add("STE_FitClipToModel", images=parts["images"], model=model["MODEL"], **size)
+    return model, *own_clip(graph, model["MODEL"], frames, FOLDERS[name][1])
 
 
-def load_wan(graph: Graph) -> tuple[dict, Node, Node]:
-    """The group with Wan 2.1 and a clip of the user's: as `load_folder`."""
+def network(graph: Graph, kind: use.Transformer) -> tuple[Node, Output]:
+    """The loader of a transformer of the host's own, and the model that it puts out."""
+    if kind.vae is None:
+        node = graph.add("CheckpointLoaderSimple", "Model and VAE", ckpt_name=kind.network.name)
+    elif kind is use.COG:
+        node = graph.add("STE_LoadCogVideoX", model_name=kind.network.name)
+    else:
+        node = graph.add("UNETLoader", unet_name=kind.network.name, weight_dtype="default")
+    node.models = [file.model for file in (kind.network, *kind.beside)]
+    return node, node["MODEL"]
+
+
+def text_and_vae(graph: Graph, kind: use.Transformer, loader: Node) -> dict[str, Output]:
+    """Text encoder and VAE of a transformer, by kind of output."""
+    names = [file.name for file in kind.text]
+    if len(names) == 1:
+        text = graph.add("CLIPLoader", clip_name=names[0], type=kind.text_type)
+    else:
+        text = graph.add("DualCLIPLoader", clip_name1=names[0], clip_name2=names[1], type=kind.text_type)
+    text.models = [file.model for file in kind.text]
+    if kind.vae is None:
+        return {"CLIP": text["CLIP"], "VAE": loader["VAE"]}
+    vae = graph.add("VAELoader", vae_name=kind.vae.name)
+    vae.models = [kind.vae.model]
+    return {"CLIP": text["CLIP"], "VAE": vae["VAE"]}
+
+
+def load_transformer(graph: Graph, kind: use.Transformer) -> tuple[dict, Node, Node]:
+    """The group with a transformer and a clip of the user's: as `load_folder`."""
     graph.group("Load")
-    network = graph.add("UNETLoader", unet_name=use.WAN, weight_dtype="default")
-    network.models = [
-        {"name": use.WAN, "url": f"{use.WAN_FILES}/diffusion_models/{use.WAN}", "directory": "diffusion_models"}
-    ]
-    text = graph.add("CLIPLoader", clip_name=use.UMT5, type="wan")
-    text.models = [{"name": use.UMT5, "url": f"{use.WAN_FILES}/text_encoders/{use.UMT5}", "directory": "text_encoders"}]
-    vae = graph.add("VAELoader", vae_name=use.WAN_VAE)
-    vae.models = [{"name": use.WAN_VAE, "url": f"{use.WAN_FILES}/vae/{use.WAN_VAE}", "directory": "vae"}]
+    loader, model = network(graph, kind)
+    others = text_and_vae(graph, kind, loader)
+    parts, clip = own_clip(graph, model, kind.frames, kind.side)
+    return {"MODEL": model, **others}, parts, clip
+
+
+def own_clip(graph: Graph, model: Output, frames: int, side: int) -> tuple[Node, Node]:
+    """A clip of the user's: the parts of the video, and the clip that fits."""
     file = graph.add("LoadVideo", title="Your clip: choose a file", file="")
     graph.column()
     parts = graph.add("GetVideoComponents", video=file["VIDEO"])
-    size = {"max_frames": use.WAN_FRAMES, "max_side": use.WAN_SIDE}
-    clip = graph.add("STE_FitClipToModel", images=parts["images"], model=network["MODEL"], **size)
-    return {"MODEL": network["MODEL"], "CLIP": text["CLIP"], "VAE": vae["VAE"]}, parts, clip
+    size = {"max_frames": frames, "max_side": side}
+    return parts, graph.add("STE_FitClipToModel", images=parts["images"], model=model, **size)
 
 
 def encode(graph: Graph, model: Node, images: Output, prompt: Any) -> tuple[Node, Node]:

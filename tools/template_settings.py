@@ -1,5 +1,9 @@
 """Clips, prompts and settings of the templates, measured or tried on the embedded model."""
 
+from __future__ import annotations
+
+from typing import NamedTuple
+
 TINY_MODEL = "embedded tiny model"
 TINY_SIDE = 64  # pixels of an example clip
 TINY_FRAMES = 8
@@ -28,23 +32,9 @@ LAVIE_FRAMES = 16
 COGVIDEOX = "CogVideoX-5b/diffusion_pytorch_model-00001-of-00002.safetensors"
 COGVIDEOX_REST = "CogVideoX-5b/diffusion_pytorch_model-00002-of-00002.safetensors"
 COGVIDEOX_URL = "https://huggingface.co/zai-org/CogVideoX-5b/resolve/main/transformer"
-COGVIDEOX_VAE = "cogvideox_vae.safetensors"
-COGVIDEOX_VAE_URL = f"https://huggingface.co/Comfy-Org/void-model/resolve/main/vae/{COGVIDEOX_VAE}"
-T5 = "t5xxl_fp16.safetensors"
-T5_URL = f"https://huggingface.co/comfyanonymous/flux_text_encoders/resolve/main/{T5}"
-WAN = "wan2.1_t2v_1.3B_fp16.safetensors"
-WAN_VAE = "wan_2.1_vae.safetensors"
-UMT5 = "umt5_xxl_fp8_e4m3fn_scaled.safetensors"
-WAN_FILES = "https://huggingface.co/Comfy-Org/Wan_2.1_ComfyUI_repackaged/resolve/main/split_files"
-WAN_SIDE = 832
-WAN_FRAMES = 33
-WAN_CFG = 6.0
 LEFT_BOXES, RIGHT_BOXES = "0: 30, 60, 210, 230", "0: 270, 60, 210, 230"  # to be written for the clip
 MOTION = "v3_sd15_mm.ckpt"
 MOTION_URL = f"https://huggingface.co/guoyww/animatediff/resolve/main/{MOTION}"
-COGVIDEOX_SIDE = 512
-COGVIDEOX_FRAMES = 17
-COGVIDEOX_CFG = 6.0
 STR_SOURCE = "a red car drives along a road"
 STR_PROMPT = "a blue bus drives along a road"
 
@@ -115,3 +105,167 @@ REFINED_SIZE = {"width": 576, "height": 320}
 REFINED_DENOISE = 0.5
 DDS_SOURCE = "a red car drives along a road"
 DDS_PROMPT = "a red car drives along a road, oil painting"
+
+
+class File(NamedTuple):
+    """A file that a loader wants. address: of the folder that it lies in on the net."""
+
+    name: str
+    address: str
+    directory: str
+
+    @property
+    def model(self) -> dict:
+        """As the frontend wants it, to offer the download."""
+        return {"name": self.name, "url": f"{self.address}/{self.name.split('/')[-1]}", "directory": self.directory}
+
+
+class Transformer(NamedTuple):
+    """A video transformer of the host's own loaders: its files, and what it was made for.
+
+    network: in `checkpoints` with its VAE, else alone; beside: more of its files; frames: step * n + 1; title: as in
+    the names of templates.
+    """
+
+    title: str
+    network: File
+    text: tuple[File, ...]
+    text_type: str
+    vae: File | None
+    frames: int
+    step: int
+    side: int
+    cfg: float
+    beside: tuple[File, ...] = ()
+
+
+_HUB = "https://huggingface.co/"
+_FLUX_TEXT = _HUB + "comfyanonymous/flux_text_encoders/resolve/main"
+_WAN = _HUB + "Comfy-Org/Wan_2.1_ComfyUI_repackaged/resolve/main/split_files"
+_WAN22 = _HUB + "Comfy-Org/Wan_2.2_ComfyUI_Repackaged/resolve/main/split_files"
+_HUNYUAN = _HUB + "Comfy-Org/HunyuanVideo_repackaged/resolve/main/split_files"
+_MOCHI = _HUB + "Comfy-Org/mochi_preview_repackaged/resolve/main/split_files"
+_T5 = File("t5xxl_fp16.safetensors", _FLUX_TEXT, "text_encoders")
+_CLIP_L = File("clip_l.safetensors", _FLUX_TEXT, "text_encoders")
+_UMT5 = File("umt5_xxl_fp8_e4m3fn_scaled.safetensors", _WAN + "/text_encoders", "text_encoders")
+_WAN_VAE = File("wan_2.1_vae.safetensors", _WAN + "/vae", "vae")
+_HUNYUAN_VAE = File("hunyuan_video_vae_bf16.safetensors", _HUNYUAN + "/vae", "vae")
+
+COG = Transformer(
+    title="CogVideoX",
+    network=File(COGVIDEOX, COGVIDEOX_URL, "diffusion_models"),
+    beside=(File(COGVIDEOX_REST, COGVIDEOX_URL, "diffusion_models"),),
+    text=(_T5,),
+    text_type="cogvideox",
+    vae=File("cogvideox_vae.safetensors", _HUB + "Comfy-Org/void-model/resolve/main/vae", "vae"),
+    frames=17,
+    step=4,
+    side=512,
+    cfg=6.0,
+)
+WAN = Transformer(
+    title="Wan",
+    network=File("wan2.1_t2v_1.3B_fp16.safetensors", _WAN + "/diffusion_models", "diffusion_models"),
+    text=(_UMT5,),
+    text_type="wan",
+    vae=_WAN_VAE,
+    frames=33,
+    step=4,
+    side=832,
+    cfg=6.0,
+)
+WAN_HIGH, WAN_LOW = (
+    WAN._replace(
+        title="Wan 2.2",
+        network=File(
+            f"wan2.2_t2v_{noise}_noise_14B_fp8_scaled.safetensors", _WAN22 + "/diffusion_models", "diffusion_models"
+        ),
+        cfg=3.5,
+    )
+    for noise in ("high", "low")
+)
+WAN_PERCENT = 0.53
+"""Of denoising, where the high-noise model hands over to the other (sigma 0.875 at the host's shift of 8)."""
+HUNYUAN = Transformer(
+    title="HunyuanVideo",
+    network=File("hunyuan_video_t2v_720p_bf16.safetensors", _HUNYUAN + "/diffusion_models", "diffusion_models"),
+    text=(_CLIP_L, File("llava_llama3_fp8_scaled.safetensors", _HUNYUAN + "/text_encoders", "text_encoders")),
+    text_type="hunyuan_video",
+    vae=_HUNYUAN_VAE,
+    frames=33,
+    step=4,
+    side=848,
+    cfg=1.0,
+)
+LTX = Transformer(
+    title="LTX-Video",
+    network=File("ltx-video-2b-v0.9.5.safetensors", _HUB + "Lightricks/LTX-Video/resolve/main", "checkpoints"),
+    text=(_T5,),
+    text_type="ltxv",
+    vae=None,
+    frames=97,
+    step=8,
+    side=768,
+    cfg=3.0,
+)
+MOCHI = Transformer(
+    title="Mochi",
+    network=File("mochi_preview_bf16.safetensors", _MOCHI + "/diffusion_models", "diffusion_models"),
+    text=(_T5,),
+    text_type="mochi",
+    vae=File("mochi_vae.safetensors", _MOCHI + "/vae", "vae"),
+    frames=37,
+    step=6,
+    side=848,
+    cfg=4.5,
+)
+COSMOS = Transformer(
+    title="Cosmos Predict2",
+    network=File(
+        "cosmos_predict2_2B_video2world_480p_16fps.safetensors",
+        _HUB + "Comfy-Org/Cosmos_Predict2_repackaged/resolve/main",
+        "diffusion_models",
+    ),
+    text=(
+        File(
+            "oldt5_xxl_fp8_e4m3fn_scaled.safetensors",
+            _HUB + "comfyanonymous/cosmos_1.0_text_encoder_and_VAE_ComfyUI/resolve/main/text_encoders",
+            "text_encoders",
+        ),
+    ),
+    text_type="cosmos",
+    vae=_WAN_VAE,
+    frames=33,
+    step=4,
+    side=832,
+    cfg=4.0,
+)
+KANDINSKY = Transformer(
+    title="Kandinsky 5",
+    network=File(
+        "kandinsky5lite_t2v_sft_5s.safetensors",
+        _HUB + "kandinskylab/Kandinsky-5.0-T2V-Lite-sft-5s/resolve/main/model",
+        "diffusion_models",
+    ),
+    text=(
+        File(
+            "qwen_2.5_vl_7b_fp8_scaled.safetensors",
+            _HUB + "Comfy-Org/HunyuanVideo_1.5_repackaged/resolve/main/split_files/text_encoders",
+            "text_encoders",
+        ),
+        _CLIP_L,
+    ),
+    text_type="kandinsky5",
+    vae=_HUNYUAN_VAE,
+    frames=61,
+    step=4,
+    side=768,
+    cfg=5.0,
+)
+LONG_FRAMES = 161
+LONG_WINDOW = {  # in frames of the clip
+    "context_length": 81,
+    "context_overlap": 30,
+    "context_schedule": "standard_static",
+    "freenoise": False,
+}

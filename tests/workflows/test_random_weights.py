@@ -108,6 +108,8 @@ def without_autoencoder(graph: dict) -> dict:
     [
         "Swap an object - STR-Match (CogVideoX)",
         "Swap an object - STR-Match (Wan)",
+        "Swap an object - STR-Match (Wan 2.2)",
+        "Swap an object in a long clip - STR-Match (Wan)",
         "Several objects - ST-Layout (Wan)",
     ],
 )
@@ -116,6 +118,7 @@ def test_templates_of_transformers(server, name):
         name,
         STE_InvertVideo={"steps": 4},
         STE_PredictCost={"steps": 4},
+        WanContextWindowsManual={"context_length": 9, "context_overlap": 4},
         STE_EncodeRegionalPrompt={"prompt": "a blue square and a red circle on a gray background"},
     )
     phrases = iter(["a blue square", "a red circle"])
