@@ -1,11 +1,15 @@
 """What region attention costs against stock attention and against its literal dense form.
 
     python benchmarks/attention_cost.py [--tokens 2048 4096 8192] [--regions 4 ...] [--n 7] [--backward] [--json PATH]
+    python benchmarks/attention_cost.py --wan [--regions 4]
 
 Self-attention of 8 heads of 40, float32 on one thread: time as user CPU seconds, the median of n runs in turn, as
 ratios to stock attention; memory as the most bytes of tensors that lived at once beyond the arguments. The dense form
 is left out where its scores would take more than 2 GB. The growth exponents are those between the smallest and the
 largest number of tokens.
+
+--wan: only the memory, at the sizes of Wan 1.3B on 81 frames of 832 x 480: 32,760 tokens, 12 heads of 128 in bfloat16,
+two prompts; beyond query, key, value and the output (target: 100 MB). A few minutes.
 """
 # ruff: noqa: E402 (the pack is loaded before it is imported)
 
@@ -36,6 +40,8 @@ HEADS, WIDTH = 8, 40
 AT = 8192  # tokens of the targets
 MAX_TIME, MAX_MEMORY, MAX_EXPONENT = 1.8, 2.0, 1.1
 MAX_DENSE = 2e9
+WAN = (2, 12, 32760, 128)  # query, key and value, in bfloat16
+WAN_MEMORY = 100  # MB
 STOCK, OURS, DENSE = "stock attention", "region attention", "dense form"
 
 
@@ -70,6 +76,17 @@ def functions_of(tokens: int, regions: int, backward: bool, seed: int) -> dict[s
     return {name: (lambda form=form: run(form)) for name, form in forms.items()}
 
 
+def wan_memory(regions: int, seed: int) -> float:
+    """MB beyond query, key, value and the output at the sizes of Wan 1.3B."""
+    g = torch.Generator().manual_seed(seed)
+    query, key, value = (torch.randn(WAN, generator=g).bfloat16() for _ in range(3))
+    region = one_hot(torch.randint(regions, (WAN[2],), generator=g), regions).float()
+    strength = 0.1 + 0.2 * torch.rand(WAN[2], generator=g)
+    with torch.inference_mode():
+        peak = peak_bytes(lambda: modulated_attention(query, key, value, region, region, strength))
+    return (peak - value.numel() * value.element_size()) / 1e6
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 4096, AT])
@@ -78,7 +95,16 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--backward", action="store_true", help="forward and backward")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--wan", action="store_true", help="memory at the sizes of Wan 1.3B")
     arguments = parser.parse_args()
+    if arguments.wan:
+        extra = wan_memory(arguments.regions[0], arguments.seed)
+        print(
+            verdict(
+                extra <= WAN_MEMORY, f"32,760 tokens: {extra:.0f} MB beyond q, k, v and output, at most {WAN_MEMORY}"
+            )
+        )
+        return 0
     torch.set_num_threads(1)
     rows = []
     print(f"{'tokens':>8} {'regions':>8} {'form':18} {'s':>8} {'x stock':>8} {'MB':>8} {'x q, k, v':>10}")

@@ -40,7 +40,8 @@ HIDDEN = -1e4
 FAR = 3e4  # logit below the others of a hidden key: its weight is 0 in every dtype, and float16 holds it
 WIDTH_STEP = 8  # fused kernels want widths that are multiples of this
 TILE_ELEMENTS = {"cpu": 2**19}  # of the scores that are looked through at once: about a cache
-LARGE_TILE = 2**26  # on other devices, where a call costs more than its memory
+LARGE_TILE = 2**24  # on other devices, where a call costs more than its memory
+TOGETHER = 2**25  # elements of query and key that are worked on at once, without a graph: the rest waits, head by head
 SMALL = 256  # rows below which some of them alone may be computed by another code path, with other rounding
 
 
@@ -65,6 +66,7 @@ def modulated_attention(
     mask: Tensor | None = None,
     scale: float | None = None,
     blocks: Sequence[int] | None = None,
+    alone: Tensor | None = None,
     attention: Attention | None = None,
     tile: int | None = None,
 ) -> Tensor:
@@ -75,7 +77,9 @@ def modulated_attention(
     plain attention. overlap: R = 1 where query and key share any region (of soft memberships 1 - prod(1 - u v)), or
     the product R = sum u v, meant for a partition. mask: additive, (B or 1, 1, 1, M), of padding or of a bias on keys;
     one of rows and keys (B or 1, 1, N, M) takes the tiled form. blocks: lengths of consecutive blocks of keys, such as
-    text and video; hi and lo are then taken within each key's own block. attention: the stock attention to use.
+    text and video; hi and lo are then taken within each key's own block. alone: (M,) bool, keys whose scores stay as
+    they are and do not count for hi and lo, such as those of a reference picture; with them rows of strength above 0
+    take the tiled form. attention: the stock attention to use.
     tile: elements of the largest temporary tensor of scores; None: by the device.
 
     Differentiable in query, key and value. Raises ValueError for shapes that do not fit.
@@ -85,8 +89,9 @@ def modulated_attention(
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     strength = _rows_of(strength, query)
     region_query, region_key = (t if t.ndim == 3 else t[None] for t in (region_query, region_key))
-    _check(query, key, region_query, region_key, mask, blocks)
-    options = {"overlap": overlap, "scale": scale, "blocks": blocks, "attention": attention, "tile": tile}
+    _check(query, key, region_query, region_key, mask, blocks, alone)
+    options = {"overlap": overlap, "scale": scale, "blocks": blocks, "alone": alone, "attention": attention}
+    options["tile"] = tile
     active = strength != 0
     if not active.any():
         return _plain(attention, query, key, value, scale, mask)
@@ -104,11 +109,25 @@ def modulated_attention(
             return modulated_attention(q, key, value, u, region_key, a, mask=_pick(mask, 2, chosen), **options)
 
         return _in_two(of_rows, rows, 2)
+    if not (torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))):
+        parts = _heads_at_once(query, key)
+        if len(parts) > 1:
+            out = value.new_empty(*query.shape[:3], value.shape[-1])
+            for b, heads in parts:
+                q, k, v = query[b, heads], key[b, heads], value[b, heads]
+                u, w = (t[b if len(t) > 1 else slice(None)] for t in (region_query, region_key))
+                own = mask if mask is None or len(mask) == 1 else mask[b]
+                out[b, heads] = modulated_attention(q, k, v, u, w, strength[b, heads], mask=own, **options)
+            return out
     scores = _Scores(query, key, scale, mask, blocks, tile)
-    out = _augmented(scores, value, _factors(region_query, region_key, overlap), strength, attention)
+    factors = None if alone is not None else _factors(region_query, region_key, overlap)
+    out = _augmented(scores, value, factors, strength, attention)
     if out is None:
-        log.info("region attention: too many channels, or a mask that is not of keys alone; formed in tiles (slower)")
-        return _tiled(scores, value, region_query, region_key, overlap, strength)
+        log.info(
+            "region attention: formed in tiles, which is slower: too many channels, a mask of rows and keys, or keys "
+            "that are left alone"
+        )
+        return _tiled(scores, value, region_query, region_key, overlap, strength, alone)
     if active.all():
         return out
     return torch.where(active[..., None], out, _plain(attention, query, key, value, scale, mask))
@@ -123,7 +142,7 @@ def _rows_of(strength: Tensor | float, query: Tensor) -> Tensor:
     return strength.expand(query.shape[:3])
 
 
-def _check(query, key, region_query, region_key, mask, blocks) -> None:
+def _check(query, key, region_query, region_key, mask, blocks, alone) -> None:
     for name, region, tokens in (("region_query", region_query, query), ("region_key", region_key, key)):
         if region.shape[0] not in (1, query.shape[0]) or region.shape[1] != tokens.shape[2]:
             raise ValueError(
@@ -132,10 +151,22 @@ def _check(query, key, region_query, region_key, mask, blocks) -> None:
             )
     if region_query.shape[2] != region_key.shape[2]:
         raise ValueError(f"region_key: it has {region_key.shape[2]} regions, region_query {region_query.shape[2]}")
+    if alone is not None and alone.shape != key.shape[2:3]:
+        raise ValueError(f"alone: it has shape {tuple(alone.shape)}; expected ({key.shape[2]},)")
     if blocks is not None and sum(blocks) != key.shape[2]:
         raise ValueError(f"blocks: they hold {sum(blocks)} keys, there are {key.shape[2]}")
     if mask is not None and (mask.ndim != 4 or mask.shape[1] != 1 or mask.shape[3] != key.shape[2]):
         raise ValueError(f"mask: it has shape {tuple(mask.shape)}; expected (B, 1, 1 or N, {key.shape[2]})")
+
+
+def _heads_at_once(query: Tensor, key: Tensor) -> list[tuple[slice, slice]]:
+    """(batches, heads) to work on in turn, so that copies of query and key stay small."""
+    batch, heads, n, width = query.shape
+    of_one = (n + key.shape[2]) * width
+    if of_one * batch * heads <= TOGETHER:
+        return [(slice(None), slice(None))]
+    step = max(1, min(heads, TOGETHER // (4 * of_one)))
+    return [(slice(b, b + 1), slice(h, h + step)) for b in range(batch) for h in range(0, heads, step)]
 
 
 def _plain(
@@ -325,6 +356,13 @@ def _augmented(
     return attention(query, key, _widened(value, [], width), scale=scale)[..., : value.shape[-1]]
 
 
+def _either(hidden: Tensor | None, alone: Tensor | None) -> Tensor | None:
+    """Keys that are the one or the other."""
+    if hidden is None or alone is None:
+        return alone if hidden is None else hidden
+    return hidden | alone
+
+
 def _widened(tensor: Tensor, channels: Sequence[Tensor], width: int) -> Tensor:
     """tensor (B, H, N, D) with these channels behind its own, and zeros up to `width`."""
     rest = width - tensor.shape[-1] - sum(channel.shape[-1] for channel in channels)
@@ -342,7 +380,13 @@ def _rounded(channel: Tensor, dtype: torch.dtype) -> list[Tensor]:
 
 
 def _tiled(
-    scores: _Scores, value: Tensor, region_query: Tensor, region_key: Tensor, overlap: Overlap, strength: Tensor
+    scores: _Scores,
+    value: Tensor,
+    region_query: Tensor,
+    region_key: Tensor,
+    overlap: Overlap,
+    strength: Tensor,
+    alone: Tensor | None,
 ) -> Tensor:
     """The definition itself, for some rows at a time; recomputed in a backward pass."""
 
@@ -355,15 +399,18 @@ def _tiled(
         a, hidden = strength[:, :, rows, None].to(wide), here.hidden()
         if hidden is not None:
             hidden = hidden[:, :, rows if hidden.shape[2] > 1 else slice(None)].expand(*raw.shape[:1], 1, -1, -1)
+        left_out = _either(hidden, alone)
         pulled = []
         for keys in here.slices:
             low = high = raw[..., keys]
-            if hidden is not None:
-                low = low.masked_fill(hidden[..., keys], torch.inf)
-                high = high.masked_fill(hidden[..., keys], -torch.inf)
+            if left_out is not None:
+                low = low.masked_fill(left_out[..., keys], torch.inf)
+                high = high.masked_fill(left_out[..., keys], -torch.inf)
             low, high = low.amin(-1, keepdim=True), high.amax(-1, keepdim=True)
             pulled.append((1 - a) * raw[..., keys] + a * (low + shared[..., keys] * (high - low)))
         moved = torch.cat(pulled, -1)
+        if alone is not None:
+            moved = torch.where(alone, raw, moved)
         if hidden is not None:
             moved = moved.masked_fill(hidden, -torch.inf)
         return (moved.softmax(-1) @ value.to(wide)).to(value.dtype)

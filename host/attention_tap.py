@@ -112,6 +112,11 @@ class AttentionCall:
         clip = self._clip(tensor)
         return torch.cat([tensor[:, :, : clip.start], tensor[:, :, clip.stop :]], 2)
 
+    def parts(self, tensor: Tensor) -> tuple[int, int, int]:
+        """How many tokens of a transformer's query, key or value stand before the clip's, are the clip's, and after."""
+        clip = self._clip(tensor)
+        return clip.start, clip.stop - clip.start, tensor.shape[2] - clip.stop
+
     def _clip(self, tensor: Tensor) -> slice:
         """Where the clip's tokens are, of all frames."""
         own = prod(self.grid)

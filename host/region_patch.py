@@ -30,6 +30,30 @@ FINEST = 1024
 """Tokens a frame up to which the latent's own resolution is modulated where no levels are chosen."""
 
 
+@dataclass(frozen=True)
+class _Arguments:
+    """Of `modulated_attention`: memberships of queries and keys, strength of the rows, and which keys are apart."""
+
+    of_query: Tensor
+    of_key: Tensor
+    strength: Tensor
+    blocks: Sequence[int] | None = None
+    alone: Tensor | None = None
+
+    def among(self, call: AttentionCall) -> "_Arguments":
+        """The same for the call's own tokens, where others stand beside the clip's: those of a reference picture.
+
+        They see, and are seen, as without regions.
+        """
+        before, clip, after = call.parts(call.key)
+        if not before and not after:
+            return self
+        alone = torch.ones(before + clip + after, dtype=torch.bool, device=call.key.device)
+        alone[before : before + clip] = False
+        of_query, of_key = (pad(t, (0, 0, before, after)) for t in (self.of_query, self.of_key))
+        return _Arguments(of_query, of_key, pad(self.strength, (before, after)), self.blocks, alone)
+
+
 @dataclass(frozen=True, eq=False)
 class RegionModulation:
     """Modulates attention calls by the regions of a layout.
@@ -70,18 +94,18 @@ class RegionModulation:
         arguments = parts(wide)
         if arguments is None:
             return None
-        of_query, of_key, strength, *blocks = arguments
         output = modulated_attention(
             wide.query,
             wide.key,
             wide.value,
-            of_query,
-            of_key,
-            (factor * strength).clamp(max=0.999),
+            arguments.of_query,
+            arguments.of_key,
+            (factor * arguments.strength).clamp(max=0.999),
             overlap="product" if self.layout.mode == "paper" else "any",
             mask=wide.mask,
             scale=wide.scale,
-            blocks=blocks or None,
+            blocks=arguments.blocks,
+            alone=arguments.alone,
             attention=wide.attend,
         )
         return call.by_frame(output)
@@ -93,15 +117,9 @@ class RegionModulation:
 
     # --- one kind of attention each -------------------------------------
 
-    def _of_self(self, call: AttentionCall):
+    def _of_self(self, call: AttentionCall) -> "_Arguments | None":
         """Rows are frames, or of an inflated model several: (B, N, K) for queries, (B, M, K) for keys."""
         tokens = self._tokens(call)
-        if call.kind == "spacetime" and call.query.shape[2] != tokens[..., 0].numel():
-            raise ValueError(
-                f"model: its self-attention holds {call.query.shape[2] - tokens[..., 0].numel()} tokens beside the "
-                f"clip's, of a reference picture or a guide, beside which regions cannot act; remove it, or set "
-                f"self_strength to 0"
-            )
         size = size_term(tokens, "clip", covered_twice=self.layout.mode == "released")
         rows = self._rows(call, {NEGATIVE} if self.layout.mode == "released" else None)
         if rows is None:
@@ -109,9 +127,10 @@ class RegionModulation:
         of_queries = self._places([row.frames for row in call.rows], call)
         of_keys = self._places([row.key_frames for row in call.rows], call)
         strength = modulation_strength(1 - call.percent, size[of_queries].flatten(1), "self") * rows[:, None]
-        return tokens[of_queries].flatten(1, 2), tokens[of_keys].flatten(1, 2), strength
+        found = _Arguments(tokens[of_queries].flatten(1, 2), tokens[of_keys].flatten(1, 2), strength)
+        return found.among(call) if call.kind == "spacetime" else found
 
-    def _of_cross(self, call: AttentionCall):
+    def _of_cross(self, call: AttentionCall) -> "_Arguments | None":
         """Queries are a frame's tokens, or the clip's, keys the text's, of the positive prompt."""
         rows = self._rows(call, {POSITIVE})
         if rows is None:
@@ -120,9 +139,9 @@ class RegionModulation:
         frames = self._places([row.frames for row in call.rows], call)
         size = size_term(tokens, "frame")
         strength = modulation_strength(1 - call.percent, size[frames].flatten(1), "cross") * rows[:, None]
-        return tokens[frames].flatten(1, 2)[..., : text.shape[1]], text, strength
+        return _Arguments(tokens[frames].flatten(1, 2)[..., : text.shape[1]], text, strength)
 
-    def _of_joint(self, call: AttentionCall):
+    def _of_joint(self, call: AttentionCall) -> "_Arguments | None":
         """Queries and keys are the text's tokens and the clip's, of the positive prompt; text queries stay.
 
         Extrema are those of the text and of the clip, each by itself (decision D6).
@@ -138,16 +157,17 @@ class RegionModulation:
         if call.run.clip_at == "first":
             parts.reverse()
         of_all, strength = (torch.cat(of_parts) for of_parts in zip(*parts, strict=True))
-        return of_all, of_all, strength * rows[:, None], *(len(of_part) for of_part, _ in parts)
+        blocks = [len(of_part) for of_part, _ in parts]
+        return _Arguments(of_all, of_all, strength * rows[:, None], blocks)
 
-    def _of_time(self, call: AttentionCall):
+    def _of_time(self, call: AttentionCall) -> "_Arguments":
         """Rows are places, tokens frames: a place may change its region as objects move."""
         tokens = self._tokens(call).transpose(0, 1)  # (N, f, K)
         size = size_term(self._tokens(call), "clip").T
         prompts = len(call.rows) // len(tokens)
         strength = modulation_strength(1 - call.percent, size, "temporal").repeat(prompts, 1)
         tokens = tokens.repeat(prompts, 1, 1)
-        return tokens, tokens, strength
+        return _Arguments(tokens, tokens, strength)
 
     # --- tables ---------------------------------------------------------
 

@@ -7,7 +7,7 @@ from spacetime_edit.core.region_attention import modulated_attention, modulation
 from torch.nn.functional import scaled_dot_product_attention
 
 
-def dense(query, key, value, u, v, strength, *, overlap="any", mask=None, scale=None, blocks=None):
+def dense(query, key, value, u, v, strength, *, overlap="any", mask=None, scale=None, blocks=None, alone=None):
     """Softmax of s + a R (hi - s) - a (1 - R) (s - lo), per row and block of keys, padding left out of hi and lo."""
     batch, heads, n, width = query.shape
     scale = width**-0.5 if scale is None else scale
@@ -25,9 +25,11 @@ def dense(query, key, value, u, v, strength, *, overlap="any", mask=None, scale=
     for length in blocks or [key.shape[2]]:
         at = slice(start, start + length)
         s, r, away = scores[..., at], shared[..., at], hidden[..., at]
+        away = away if alone is None else away | alone[at]
         low = s.masked_fill(away, float("inf")).amin(-1, keepdim=True)
         high = s.masked_fill(away, float("-inf")).amax(-1, keepdim=True)
-        moved.append(s + a * r * (high - s) - a * (1 - r) * (s - low))
+        pulled = s + a * r * (high - s) - a * (1 - r) * (s - low)
+        moved.append(pulled if alone is None else torch.where(alone[at], s, pulled))
         start += length
     return torch.cat(moved, -1).masked_fill(hidden, float("-inf")).softmax(-1) @ value
 
@@ -75,6 +77,9 @@ CASES = {
     "another scale": {"scale": 0.7},
     "a narrower value": {"value_width": 5},
     "a small tile": {"tile": 200},
+    "keys left alone": {"alone": torch.arange(41) < 7},
+    "keys left alone, padding and blocks": {"alone": torch.arange(41) % 5 == 0, "mask": PADDING, "blocks": [11, 30]},
+    "a whole block left alone": {"alone": torch.arange(41) < 11, "blocks": [11, 30], "overlap": "product"},
 }
 
 
@@ -108,11 +113,19 @@ def test_values_and_gradients_are_those_of_the_definition(case, form, monkeypatc
         assert float((ours - wanted).abs().max()) <= tolerance * scale
 
 
-def test_without_a_graph_the_values_are_the_same():
-    arguments, _ = prepared({})
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("parts", [1, 4])
+def test_without_a_graph_the_values_are_the_same(case, parts, monkeypatch):
+    """At once, and one batch item and head after another."""
+    if parts > 1:
+        monkeypatch.setattr(region_attention, "TOGETHER", 1)
+    arguments, options = prepared(case)
+    assert len(region_attention._heads_at_once(*arguments[:2])) == parts
     with torch.inference_mode():
-        ours = modulated_attention(*arguments)
-    torch.testing.assert_close(ours, dense(*arguments), rtol=0, atol=1e-12)
+        ours = modulated_attention(*arguments, **options)
+    options.pop("tile", None)
+    wanted = dense(*arguments, **options)
+    torch.testing.assert_close(ours, wanted, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("shape", ["scalar", "(N,)", "(B, N)", "(B, H, N)"])

@@ -693,8 +693,11 @@ def test_masks_follow_the_frames_of_context_windows(family, model, anchored):
 
 
 @pytest.mark.parametrize("family", ["Wan"], indirect=True, scope="module")
-def test_tokens_of_a_reference_are_found_and_refused_by_regions(family, model):
-    """Wan puts a reference picture's tokens before the clip's; STR sees them as keys of no frame."""
+def test_tokens_of_a_reference_are_found_and_left_alone(family, model):
+    """Wan puts a reference picture's tokens before the clip's: to STR they are keys of no frame, to regions nothing.
+
+    Regions act on the clip's tokens by the definition, dense and in float64; the reference's see as without regions.
+    """
     calls, _ = calls_of(model, family, cfg=1.0)
     call = next(c for c in calls if c.kind == "spacetime")
     before = torch.randn(1, 1, 16, call.query.shape[3])
@@ -703,8 +706,20 @@ def test_tokens_of_a_reference_are_found_and_refused_by_regions(family, model):
     with_reference = replace(with_reference, run=replace(call.run, before=16))
     assert torch.equal(with_reference.of_clip(longer[1]), call.of_clip(call.key))
     assert torch.equal(with_reference.extra(longer[1]), before)
-    with pytest.raises(ValueError, match="its self-attention holds 16 tokens beside the clip's"):
-        RegionModulation(halves(family), end=1.0)(with_reference)
+    modulation = RegionModulation(halves(family), end=1.0)
+    found = modulation(with_reference).double()
+    arguments = modulation._of_self(call)
+    query, key, value = (t.double() for t in longer)
+    scores = query @ key.mT * call.scale
+    plain = scores.softmax(-1) @ value
+    own = scores[:, :, 16:, 16:]
+    low, high = own.amin(-1, keepdim=True), own.amax(-1, keepdim=True)
+    shared = (arguments.of_query @ arguments.of_key.mT).double()[:, None]
+    a = arguments.strength.double()[:, None, :, None]
+    scores[:, :, 16:, 16:] = own + a * shared * (high - own) - a * (1 - shared) * (own - low)
+    torch.testing.assert_close(found[:, :, :16], plain[:, :, :16], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found[:, :, 16:], (scores.softmax(-1) @ value)[:, :, 16:], rtol=1e-5, atol=1e-5)
+    assert (found - plain)[:, :, 16:].abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("family", ["AnimateDiff"], indirect=True, scope="module")
