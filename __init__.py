@@ -8,6 +8,7 @@ async def comfy_entrypoint():
     from comfy_api.latest import ComfyExtension
 
     from .nodes.capture_score import CaptureSTRScore
+    from .nodes.compare_edits import CompareEdits
     from .nodes.cosine_curve import STRCosineCurve
     from .nodes.encode_regional_prompt import EncodeRegionalPrompt
     from .nodes.example_clip import LoadExampleClip
@@ -19,6 +20,7 @@ async def comfy_entrypoint():
     from .nodes.load_model import LoadVideoDiffusersModel
     from .nodes.load_trajectory import LoadTrajectory
     from .nodes.mask_from_boxes import MaskFromBoxes
+    from .nodes.optical_flow import OpticalFlow
     from .nodes.predict_cost import PredictCost
     from .nodes.preview_regions import PreviewRegions
     from .nodes.preview_relevance import PreviewRelevance
@@ -31,6 +33,7 @@ async def comfy_entrypoint():
     from .nodes.st_layout_patch import STLayoutAttentionPatch
     from .nodes.str_optimizer import STRLatentOptimizer
     from .nodes.sweep_lambda import SweepLambda
+    from .nodes.track_points import TrackPoints
     from .nodes.video_dds import VideoDDSOptimize
     from .nodes.video_metrics import VideoEditMetrics
 
@@ -63,6 +66,9 @@ async def comfy_entrypoint():
                 MaskFromBoxes,
                 VideoDDSOptimize,
                 VideoEditMetrics,
+                CompareEdits,
+                OpticalFlow,
+                TrackPoints,
             ]
 
     return SpacetimeEdit()

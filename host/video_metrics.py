@@ -1,6 +1,7 @@
-"""Metrics of an edit with whatever models the user has: what can be measured, and what is missing for the rest."""
+"""Metrics of edits with whatever models the user has: what can be measured, and what is missing for the rest."""
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import comfy.model_management
@@ -8,9 +9,12 @@ import torch
 from torch import Tensor
 
 from ..core import metrics
-from ..core.flow import estimate_flow
+from ..core.flow import Flow, follow, grid_points
+from .optical_flow import ClipFlow, estimator_of
 
 EMBEDDED_AT_ONCE = 16
+TRACKS_A_SIDE = 16
+"""Points along the shorter side of the picture, for motion fidelity."""
 LESS, MORE = "less is better", "more is better"
 
 
@@ -24,52 +28,76 @@ class Row:
     note: str = ""
 
 
-def measure(
+def measure(source: Tensor, edit: Tensor, **options) -> list[Row]:
+    """All metrics of one edit, in the order of a table; see `compare`."""
+    return compare(source, [edit], **options)[0]
+
+
+def compare(
     source: Tensor,
-    edit: Tensor,
+    edits: Sequence[Tensor],
     *,
     prompt: str = "",
     mask: Tensor | None = None,
     clip=None,
     clip_vision=None,
     flow_model=None,
+    flow: ClipFlow | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> list[Row]:
-    """All metrics of an edit, in the order of a table.
+) -> list[list[Row]]:
+    """All metrics of each edit of a clip.
 
-    source, edit: (F, H, W, 3) in [0, 1], the same size; mask (F or 1, H, W), 1 = edited. clip, clip_vision, flow_model:
-    the host's CLIP, CLIP_VISION and OPTICAL_FLOW. ValueError for clips of different size, one frame or NaN.
+    source, edits: (F, H, W, 3) in [0, 1], the same size; mask (F or 1, H, W), 1 = edited. clip, clip_vision,
+    flow_model: the host's CLIP, CLIP_VISION and OPTICAL_FLOW; flow: of the source, where it is known. ValueError,
+    naming edit 1, edit 2 and so on, for clips of different size, one frame, NaN, or a flow of another clip.
     """
-    _check(source, edit, mask)
-    rows = _by_embeddings(edit, prompt, clip, clip_vision)
-    flow = _flow_of(flow_model)
+    _check(source, edits, mask, flow)
+    by_flow = _by_flow(source, edits, estimator_of(flow_model), flow, progress)
     made_by = "RAFT" if flow_model is not None else "Lucas-Kanade; connect an OPTICAL_FLOW model for RAFT's"
-    warp, motion = _by_flow(source, edit, flow, progress)
-    rows += [Row("warp error x 100", 100 * warp, LESS, f"mean square, by the source's flow ({made_by})")]
-    if rows[0].value is not None and warp > 0:
-        rows.append(Row("Q-edit", metrics.q_edit(100 * rows[0].value, 100 * warp), MORE, "text alignment / warp error"))
-    else:
-        rows.append(Row("Q-edit", None, MORE, "wants text alignment and a clip that changes"))
-    rows.append(Row("motion error, px", motion, LESS, f"flow of source and edit ({made_by})"))
-    rows += _of_background(source, edit, mask)
-    if len(edit) > 2:
-        rows.append(
-            Row("flicker x 100", 100 * metrics.flicker(edit), LESS, f"source {100 * metrics.flicker(source):.3f}")
-        )
-    return rows
+    tables = []
+    for edit, found in zip(edits, by_flow, strict=True):
+        rows = _by_embeddings(edit, prompt, clip, clip_vision)
+        rows += _of_motion(rows[0].value, found, made_by)
+        tables.append([*rows, *_of_background(source, edit, mask), *_of_time(source, edit)])
+    return tables
 
 
-def _check(source: Tensor, edit: Tensor, mask: Tensor | None) -> None:
-    if source.shape != edit.shape:
-        raise ValueError(
-            f"edit: its shape (frames, height, width, channels) is {tuple(edit.shape)}, the source's "
-            f"{tuple(source.shape)}; expected the same clip size in both, so take the images that were encoded"
-        )
+def as_text(rows: Sequence[Row]) -> str:
+    """A table of one edit, in columns."""
+    cells = [(row.name, number(row.value), row.better, row.note) for row in rows]
+    widths = [max(len(cell[i]) for cell in cells) for i in range(3)]
+    lines = ["  ".join([*(c.ljust(w) for c, w in zip(cell, widths, strict=False)), cell[3]]) for cell in cells]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def as_json(rows: Sequence[Row]) -> str:
+    """Values by name, null where there is none."""
+    return json.dumps({row.name: row.value for row in rows}, indent=1)
+
+
+def number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+def _check(source: Tensor, edits: Sequence[Tensor], mask: Tensor | None, flow: ClipFlow | None) -> None:
+    names = ["edit"] if len(edits) == 1 else [f"edit {k}" for k in range(1, len(edits) + 1)]
+    for name, edit in zip(names, edits, strict=True):
+        if source.shape != edit.shape:
+            raise ValueError(
+                f"{name}: its shape (frames, height, width, channels) is {tuple(edit.shape)}, the source's "
+                f"{tuple(source.shape)}; expected the same clip size in both, so take the images that were encoded"
+            )
     if len(source) < 2:
         raise ValueError(f"source: it has {len(source)} frame; expected a clip of at least 2")
-    for name, values in (("source", source), ("edit", edit), ("mask", mask)):
+    for name, values in (("source", source), *zip(names, edits, strict=True), ("mask", mask)):
         if values is not None and values.isnan().any():
             raise ValueError(f"{name}: it holds NaN; expected numbers from 0 to 1, so check the node it comes from")
+    wanted = (len(source) - 1, *source.shape[1:3])
+    if flow is not None and flow.occlusion.shape != wanted:
+        raise ValueError(
+            f"flow: it is of {len(flow.occlusion) + 1} frames of {flow.occlusion.shape[2]} x {flow.occlusion.shape[1]} "
+            f"pixels, the source has {len(source)} of {source.shape[2]} x {source.shape[1]}; connect the flow of source"
+        )
 
 
 def _by_embeddings(edit: Tensor, prompt: str, clip, clip_vision) -> list[Row]:
@@ -102,27 +130,55 @@ def _projects(clip) -> bool:
     return any(not torch.equal(p.float().cpu(), torch.eye(*p.shape)) for p in found)
 
 
-def _flow_of(flow_model) -> Callable[[Tensor, Tensor], Tensor]:
-    """From one frame (H, W, 3) to the next: (2, H, W) in pixels."""
-    if flow_model is None:
-        return estimate_flow
-    from comfy_extras.void_noise_warp import RaftOpticalFlow
+@dataclass
+class _Moved:
+    """What flow says of an edit: sums over pairs of frames, and points followed through both clips."""
 
-    comfy.model_management.load_model_gpu(flow_model)
-    raft = RaftOpticalFlow(flow_model.model)
-    return lambda a, b: raft(a.movedim(-1, 0), b.movedim(-1, 0)).cpu()
+    warp: float = 0.0
+    motion: float = 0.0
+    fidelity: float = 0.0
 
 
-def _by_flow(source: Tensor, edit: Tensor, flow, progress) -> tuple[float, float]:
-    """Warp error and motion error, pair by pair of frames."""
-    errors, motions, pairs = [], [], len(source) - 1
+def _by_flow(
+    source: Tensor, edits: Sequence[Tensor], estimate: Flow, known: ClipFlow | None, progress: Callable
+) -> list[_Moved]:
+    """Warp error, motion error and motion fidelity of each edit, pair by pair of frames."""
+    pairs, found = len(source) - 1, [_Moved() for _ in edits]
+    points = grid_points(*source.shape[1:3], max(4, min(source.shape[1:3]) // TRACKS_A_SIDE))
+    tracks = [[points] for _ in (source, *edits)]
     for i in range(pairs):
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        of_source, of_edit = flow(source[i], source[i + 1])[None], flow(edit[i], edit[i + 1])[None]
-        errors.append(metrics.warp_error(edit[i : i + 2], of_source))
-        motions.append(metrics.motion_error(of_source, of_edit))
+        of_source = estimate(source[i], source[i + 1]) if known is None else known.forward[i]
+        hidden = None if known is None else known.occlusion[i][None]
+        tracks[0].append(follow(tracks[0][-1], of_source))
+        for k, (edit, moved) in enumerate(zip(edits, found, strict=True), 1):
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            of_edit = estimate(edit[i], edit[i + 1])
+            moved.warp += metrics.warp_error(edit[i : i + 2], of_source[None], occlusion=hidden) / pairs
+            moved.motion += metrics.motion_error(of_source[None], of_edit[None]) / pairs
+            tracks[k].append(follow(tracks[k][-1], of_edit))
         progress(i + 1, pairs)
-    return sum(errors) / pairs, sum(motions) / pairs
+    of_source, *of_edits = (torch.stack(track, 1) for track in tracks)
+    for moved, of_edit in zip(found, of_edits, strict=True):
+        moved.fidelity = metrics.motion_fidelity(of_source, of_edit)
+    return found
+
+
+def _of_motion(alignment: float | None, found: _Moved, made_by: str) -> list[Row]:
+    warp = 100 * found.warp
+    rows = [Row("warp error x 100", warp, LESS, f"mean square, by the source's flow ({made_by})")]
+    if alignment is not None and warp > 0:
+        rows.append(Row("Q-edit", metrics.q_edit(100 * alignment, warp), MORE, "text alignment / warp error"))
+    else:
+        rows.append(Row("Q-edit", None, MORE, "wants text alignment and a clip that changes"))
+    rows.append(Row("motion error, px", found.motion, LESS, f"flow of source and edit ({made_by})"))
+    rows.append(Row("motion fidelity", found.fidelity, MORE, f"points followed through both clips ({made_by})"))
+    return rows
+
+
+def _of_time(source: Tensor, edit: Tensor) -> list[Row]:
+    if len(edit) < 3:
+        return [Row("flicker x 100", None, LESS, "wants at least 3 frames")]
+    return [Row("flicker x 100", 100 * metrics.flicker(edit), LESS, f"source {100 * metrics.flicker(source):.3f}")]
 
 
 def _of_background(source: Tensor, edit: Tensor, mask: Tensor | None) -> list[Row]:

@@ -1,6 +1,6 @@
 """Charts as IMAGE."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,8 +33,64 @@ def line_chart(lines: Sequence[Line], *, title: str, x_label: str, y_label: str)
     return _pixels(FigureCanvasAgg(figure))
 
 
-def table_chart(cells: Sequence[Sequence[str]], heads: Sequence[str]) -> Tensor:
-    """A table of text, one row each, as wide as it needs: (1, height, width, 3) in [0, 1]."""
+def bar_chart(panels: Mapping[str, Sequence[float]], names: Sequence[str]) -> Tensor:
+    """A row of bars for each panel, one bar for each name: (1, height, 768, 3) in [0, 1]."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    width, height = INCHES[0], 0.4 + 0.25 * len(names)
+    figure = Figure((width, max(1.0, height * len(panels))), DPI, layout="constrained")
+    for place, (title, values) in enumerate(panels.items(), 1):
+        axes = figure.add_subplot(max(1, len(panels)), 1, place, title=title)
+        axes.title.set_fontsize(9)
+        bars = axes.barh(names, values, color=[f"C{k}" for k in range(len(names))])
+        axes.bar_label(bars, fmt="%.3g", fontsize=8, padding=3)
+        axes.invert_yaxis()
+        axes.margins(x=0.1)
+        axes.tick_params(labelsize=8)
+    return _pixels(FigureCanvasAgg(figure))
+
+
+def slider(source: Tensor, edits: Sequence[Tensor]) -> Tensor:
+    """(F, H, n W, 3): each edit with the source left of a line that sweeps over the picture as the clip plays."""
+    frames, _, width, _ = source.shape
+    views = [edit.clone() for edit in edits]
+    for i in range(frames):
+        at = round((i + 1) / (frames + 1) * width)
+        for view in views:
+            view[i, :, :at] = source[i, :, :at]
+            view[i, :, max(0, at - 1) : at] = 1.0
+    return torch.cat(views, 2)
+
+
+def tracks_over(images: Tensor, tracks: Tensor, seen: Tensor) -> Tensor:
+    """Images (F, H, W, 3) with tracks (N, F, 2) that are `seen` (N, F): each point, and the way that it came."""
+    import numpy as np
+    from PIL import Image, ImageDraw
+
+    hues = torch.linspace(0, 1, len(tracks) + 1)[:-1].mul(255).int().tolist()
+    colours = [Image.new("HSV", (1, 1), (hue, 220, 255)).convert("RGB").getpixel((0, 0)) for hue in hues]
+    radius, drawn = max(1, min(images.shape[1:3]) // 128), []
+    for i, image in enumerate(images):
+        picture = Image.fromarray((image * 255).round().byte().cpu().numpy())
+        pen = ImageDraw.Draw(picture)
+        for track, visible, colour in zip(tracks, seen, colours, strict=True):
+            if not visible[i]:
+                continue
+            way = [tuple(point) for point in track[: i + 1].tolist()]
+            if len(way) > 1:
+                pen.line(way, colour, radius)
+            x, y = way[-1]
+            pen.ellipse((x - radius, y - radius, x + radius, y + radius), colour)
+        drawn.append(torch.from_numpy(np.array(picture)).float() / 255)
+    return torch.stack(drawn)
+
+
+def table_chart(cells: Sequence[Sequence[str]], heads: Sequence[str], bold: Mapping[int, int] | None = None) -> Tensor:
+    """A table of text, one row each, as wide as it needs: (1, height, width, 3) in [0, 1].
+
+    bold: by row the column that stands out.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -49,6 +105,8 @@ def table_chart(cells: Sequence[Sequence[str]], heads: Sequence[str]) -> Tensor:
     for (row, _), cell in table.get_celld().items():
         cell.set_edgecolor("0.85")
         cell.set_facecolor("0.92" if row == 0 else "white")
+    for row, column in (bold or {}).items():
+        table[row + 1, column].set_text_props(weight="bold")
     return _pixels(FigureCanvasAgg(figure))
 
 

@@ -8,6 +8,43 @@ TRAJECTORY_TYPE = io.Custom("STE_TRAJECTORY")
 SCORE_TYPE = io.Custom("STE_SCORE")
 REGIONS_TYPE = io.Custom("STE_REGIONS")
 LAYOUT_TYPE = io.Custom("STE_LAYOUT")
+FLOW_TYPE = io.Custom("STE_FLOW")
+RAFT_TYPE = io.Custom("OPTICAL_FLOW")
+"""The host's flow model."""
+
+
+def raft_input() -> RAFT_TYPE.Input:
+    """The host's flow model: the same input on every node that wants flow."""
+    return RAFT_TYPE.Input(
+        "optical_flow",
+        optional=True,
+        tooltip="RAFT, from Load Optical Flow Model. Without it a simpler flow without weights is used.",
+    )
+
+
+def metric_inputs() -> list:
+    """What metrics are made with beside the clips: the same inputs on every node that measures."""
+    return [
+        io.Mask.Input(
+            "mask",
+            optional=True,
+            tooltip="Where the edit was meant to be (1 = edited), one for the clip or one a frame. What lies outside "
+            "is the background.",
+        ),
+        io.Clip.Input(
+            "clip",
+            optional=True,
+            tooltip="A CLIP with text projection, of the same model as CLIP Vision, for the text alignment.",
+        ),
+        io.ClipVision.Input("clip_vision", optional=True, tooltip="For text alignment and frame consistency."),
+        raft_input(),
+        FLOW_TYPE.Input(
+            "flow",
+            optional=True,
+            tooltip="The flow of source, from Optical Flow: it is not computed again, and what hides behind something "
+            "is left out of the warp error.",
+        ),
+    ]
 
 
 def mask_inputs() -> list:

@@ -1,12 +1,9 @@
 """Video Edit Metrics: what an edit kept, changed and how steady it is, as numbers."""
 
-import json
-
 from comfy_api.latest import io, ui
 
 from .charts import table_chart
-
-FLOW_TYPE = io.Custom("OPTICAL_FLOW")
+from .types import metric_inputs
 
 
 class VideoEditMetrics(io.ComfyNode):
@@ -31,23 +28,7 @@ class VideoEditMetrics(io.ComfyNode):
                     multiline=True,
                     tooltip="The prompt of the edit, for the text alignment.",
                 ),
-                io.Mask.Input(
-                    "mask",
-                    optional=True,
-                    tooltip="Where the edit was meant to be (1 = edited), one for the clip or one a frame. What lies "
-                    "outside is the background.",
-                ),
-                io.Clip.Input(
-                    "clip",
-                    optional=True,
-                    tooltip="A CLIP with text projection, of the same model as CLIP Vision, for the text alignment.",
-                ),
-                io.ClipVision.Input("clip_vision", optional=True, tooltip="For text alignment and frame consistency."),
-                FLOW_TYPE.Input(
-                    "optical_flow",
-                    optional=True,
-                    tooltip="RAFT, from Load Optical Flow Model. Without it a simpler flow without weights is used.",
-                ),
+                *metric_inputs(),
             ],
             outputs=[
                 io.Image.Output(display_name="table", tooltip="The table as a picture."),
@@ -59,11 +40,11 @@ class VideoEditMetrics(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, source, edit, prompt="", mask=None, clip=None, clip_vision=None, optical_flow=None
+        cls, source, edit, prompt="", mask=None, clip=None, clip_vision=None, optical_flow=None, flow=None
     ) -> io.NodeOutput:
         import comfy.utils
 
-        from ..host.video_metrics import measure
+        from ..host.video_metrics import as_json, as_text, measure, number
 
         bar = comfy.utils.ProgressBar(max(1, len(source) - 1))
         rows = measure(
@@ -74,12 +55,9 @@ class VideoEditMetrics(io.ComfyNode):
             clip=clip,
             clip_vision=clip_vision,
             flow_model=optical_flow,
+            flow=flow,
             progress=lambda done, total: bar.update_absolute(done, total),
         )
-        cells = [(row.name, "-" if row.value is None else f"{row.value:.4g}", row.better, row.note) for row in rows]
-        widths = [max(len(cell[i]) for cell in cells) for i in range(3)]
-        lines = ["  ".join([*(c.ljust(w) for c, w in zip(cell, widths, strict=False)), cell[3]]) for cell in cells]
-        text = "\n".join(line.rstrip() for line in lines)
-        values = json.dumps({row.name: row.value for row in rows}, indent=1)
+        cells = [(row.name, number(row.value), row.better, row.note) for row in rows]
         picture = table_chart(cells, ("metric", "value", "", "how, or what to connect"))
-        return io.NodeOutput(picture, text, values, ui=ui.PreviewImage(picture, cls=cls))
+        return io.NodeOutput(picture, as_text(rows), as_json(rows), ui=ui.PreviewImage(picture, cls=cls))

@@ -102,6 +102,33 @@ def measured(graph: Graph, name: str) -> None:
     graph.add("STE_VideoEditMetrics", source=clip["images"], edit=edited, **of_edit)
 
 
+def compared(graph: Graph, name: str) -> None:
+    """A prompt swap and STR-Match from one inversion, in numbers, as bars and side by side; flow and tracks."""
+    model, clip = load(graph, use.ONE_OBJECT)
+    source = invert(graph, model, clip["images"], clip["source_prompt"], use.TINY_STEPS)
+    graph.group("Flow of the clip")
+    flow = graph.add("STE_OpticalFlow", images=clip["images"])
+    conds = prompts(graph, model, clip["edit_prompt"], group="Two edits")
+    swap = graph.add("STE_SampleFromTrajectory", trajectory=source.trajectory["trajectory"])
+    swapped = sample(graph, source, conds, swap["sampler"], use.TINY_CFG)
+    graph.column()
+    matching = str_sampler(graph, source.trajectory, **use.TINY_MATCHING)
+    matched = sample(graph, source, conds, matching["sampler"], use.TINY_CFG)
+    graph.group("Compare")
+    edits = [graph.add("VAEDecode", samples=edit["output"], vae=model["VAE"])["IMAGE"] for edit in (swapped, matched)]
+    graph.add("STE_TrackPoints", "Tracks of STR-Match", images=edits[1], mask=clip["mask_1"], spacing=6)
+    graph.column()
+    grown = {f"edits.edit{k}": edit for k, edit in enumerate(edits)}
+    about = {"names": "prompt swap\nSTR-Match", "prompt": clip["edit_prompt"], "mask": clip["mask_1"]}
+    found = graph.add("STE_CompareEdits", source=clip["images"], flow=flow["flow"], **about, **grown)
+    graph.column()
+    graph.add("PreviewImage", title="Bars", images=found["chart"])
+    large = graph.add("ImageScaleBy", image=found["slider"], upscale_method="nearest-exact", scale_by=4.0)
+    graph.column()
+    film = {"images": large["IMAGE"], "fps": clip["fps"], "filename_prefix": f"spacetime_edit/{name}_slider"}
+    graph.add("SaveAnimatedWEBP", title="Film: the clip left of the line", **film)
+
+
 def several(graph: Graph, name: str) -> None:
     """Two objects of one clip, the second edit on the latent of the first."""
     model, clip = load(graph, use.SEVERAL_CLIP)
@@ -397,6 +424,7 @@ TEMPLATES: dict[str, tuple[str, Callable]] = {  # name: key of the notes and of 
     "Several objects - ST-Layout with SAM3 and ControlNet (SD 1.5)": ("sd15_sam3", partial(sd15, tracked=True)),
     "Parts of an object - ST-Layout with SAM3 (SD 1.5)": ("sd15_parts", partial(sd15, tracked=True, told=PARTS)),
     "Measure an edit - STR-Match (tiny)": ("measured", measured),
+    "Compare edits - prompt swap and STR-Match (tiny)": ("compared", compared),
     "Delete an object - STR-Match (tiny)": ("delete", partial(tiny, **DELETE)),
     "Add an object - STR-Match (tiny)": ("add", add),
     "Compare lambdas - STR-Match (tiny)": ("compare_lambdas", compare_lambdas),

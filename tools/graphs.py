@@ -18,12 +18,14 @@ WIDTHS = {
     **{"SaveAnimatedWEBP": 480, "SaveVideo": 480, "PreviewImage": 480, "STE_PreviewRelevance": 360},
     **{"STE_PreviewRegions": 360, "STE_EncodeRegionalPrompt": 360, "STE_RegionsFromAttention": 360},
     **{"STE_PreviewTokenAttention": 480, "STE_VideoDDSOptimize": 360, "STE_VideoEditMetrics": 560},
+    **{"STE_CompareEdits": 480, "STE_OpticalFlow": 300, "STE_TrackPoints": 300},
 }
 PREVIEWS = {  # height below the widgets
     **{"SaveImage": 300, "PreviewImage": 280, "SaveAnimatedWEBP": 280, "SaveVideo": 300, "LoadVideo": 200},
     **{"STE_PreviewRelevance": 300, "STE_PredictCost": 180, "STE_FitClipToModel": 80, "STE_SaveTrajectory": 60},
     **{"STE_PreviewRegions": 340, "STE_RegionsFromAttention": 340, "STE_PreviewTokenAttention": 300},
     **{"STE_VideoDDSOptimize": 280, "STE_VideoEditMetrics": 200},
+    **{"STE_CompareEdits": 240, "STE_OpticalFlow": 280, "STE_TrackPoints": 280},
 }
 GAP = 40  # between nodes, and between groups
 TITLE = 30  # of a node, above its position; also of a group
@@ -44,6 +46,7 @@ NOTE_DEFINITION = {
     "output": [],
     "output_name": [],
 }
+GROWING = "COMFY_AUTOGROW_V3"
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COLOR", "COMFY_DYNAMICCOMBO_V3"}
 
 
@@ -75,10 +78,26 @@ class Node:
 
     @property
     def inputs(self) -> dict[str, tuple[Any, dict]]:
-        """Type (or choices) and options by name, in the order of the definition."""
+        """Type (or choices) and options by name, in the order of the definition.
+
+        Of an input that grows, those that have a value and a free one, as the frontend draws it.
+        """
         kinds = self.definition["input"]
         specs = {**kinds.get("required", {}), **kinds.get("optional", {})}
-        return {name: (spec[0], spec[1] if len(spec) > 1 else {}) for name, spec in specs.items()}
+        found = {}
+        for name, spec in specs.items():
+            options = spec[1] if len(spec) > 1 else {}
+            if spec[0] == GROWING:
+                found |= self._grown(name, options["template"])
+            else:
+                found[name] = spec[0], options
+        return found
+
+    def _grown(self, name: str, template: dict) -> dict[str, tuple[Any, dict]]:
+        (inner,) = (spec for kind in template["input"].values() for spec in kind.values())
+        names = [f"{name}.{template['prefix']}{k}" for k in range(template["max"])]
+        last = max((k for k, own in enumerate(names) if own in self.values), default=-1)
+        return {own: (inner[0], inner[1] if len(inner) > 1 else {}) for own in names[: last + 2]}
 
     @property
     def widgets(self) -> dict[str, dict]:
@@ -229,7 +248,7 @@ def node_json(node: Node, order: int, links: list[list]) -> dict[str, Any]:
     for slot, name in enumerate(node.sockets):
         kind = node.inputs[name][0]
         socket = {"name": name, "type": "COMBO" if isinstance(kind, list) else kind, "link": link_into.get(slot)}
-        if name in optional:
+        if name in optional or "." in name:
             socket["shape"] = HOLLOW
         if name in node.widgets:
             socket["widget"] = {"name": name}

@@ -249,6 +249,13 @@ Press **Run**: the circle becomes a square, and **Video Edit Metrics** says in n
 moves as the clip does and what of the background is left. {NOTHING_NEEDED}
 
 What it cannot measure says what to connect: with CLIP, CLIP Vision and RAFT of your own the table is complete.""",
+    "compared": f"""## Compare edits
+Press **Run**: one clip is edited twice, by a prompt swap and by STR-Match, and **Compare Edits** says which is better \
+at what. {NOTHING_NEEDED}
+
+1. The table has a column for each edit; the best of each row is bold. **chart** shows the same as bars.
+2. In **slider** a line sweeps over each edit; left of it is the clip.
+3. **Optical Flow** is computed once for all edits. **Track Points** shows where points of the object go.""",
     "save_and_load": f"""## Save and load a trajectory
 Press **Run**: the circle becomes a square, and *Save Trajectory* keeps the inversion in a file. {NOTHING_NEEDED}
 
@@ -442,6 +449,10 @@ stay more. (At 0 there is no match and no curve: that is the template *prompt sw
 - **lambda** 0 in *STR Latent Optimizer* and run again: which numbers get worse?
 - *Load CLIP Vision* and a CLIP of the same model on *Video Edit Metrics*: text alignment, frame consistency, Q-edit.
 - *Load Optical Flow Model* (RAFT) on it: a better flow for real clips.""",
+    "compared": """### Try
+- a third edit: connect its *VAE Decode* to the free input of *Compare Edits* and add a line to **names**.
+- *Load CLIP Vision* and a CLIP of the same model on it: text alignment, frame consistency, Q-edit.
+- *Load Optical Flow Model* (RAFT) on all three: a better flow for real clips.""",
     "save_and_load": """### Try
 - the file in another graph: *Load Trajectory* wants the same model and the same prompt of the clip.
 - another prompt there: it names what differs, instead of a bad edit.

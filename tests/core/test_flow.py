@@ -3,7 +3,15 @@
 import pytest
 import torch
 from kornia.filters import gaussian_blur2d
-from spacetime_edit.core.flow import clip_flow, estimate_flow
+from spacetime_edit.core.flow import (
+    clip_flow,
+    estimate_flow,
+    flow_picture,
+    follow,
+    grid_points,
+    occlusion,
+    track_points,
+)
 from spacetime_edit.core.metrics import warp_error
 
 SIZE = 96
@@ -43,3 +51,62 @@ def test_what_moves_by_itself_is_found_beside_what_stands():
 
 def test_a_flat_picture_does_not_move():
     assert not estimate_flow(torch.full((32, 48, 3), 0.5), torch.full((32, 48, 3), 0.5)).any()
+
+
+def test_what_hides_and_what_leaves_has_no_match():
+    """A square moves right over a still picture: what it will cover, and what leaves at the edge."""
+    forward, backward = torch.zeros(2, 40, 60), torch.zeros(2, 40, 60)
+    forward[0, 10:30, 10:30] = 8  # the square
+    backward[0, 10:30, 18:38] = -8
+    hidden = occlusion(forward, backward)
+    assert hidden[10:30, 30:38].all() and not hidden[:10].any() and not hidden[12:28, 12:28].any()
+    leaving = torch.full((2, 40, 60), 0.0)
+    leaving[0] = 5
+    assert occlusion(leaving, -leaving)[:, -5:].all() and not occlusion(leaving, -leaving)[:, :50].any()
+
+
+def test_points_stand_on_a_grid_and_in_the_mask():
+    points = grid_points(32, 48, 16)
+    assert points.tolist() == [[8, 8], [24, 8], [40, 8], [8, 24], [24, 24], [40, 24]]
+    mask = torch.zeros(32, 48)
+    mask[:, 20:30] = 1
+    assert grid_points(32, 48, 16, mask).tolist() == [[24, 8], [24, 24]]
+    assert len(grid_points(5, 5, 16)) == 1
+    with pytest.raises(ValueError, match="mask: no point of a grid of 16 pixels"):
+        grid_points(32, 48, 16, torch.zeros(32, 48))
+
+
+def test_points_follow_a_flow_between_pixels_and_stop_at_the_edge():
+    flow = torch.zeros(2, 20, 30)
+    flow[0] = torch.linspace(0, 2.9, 30)  # a tenth of x
+    flow[1] = 1
+    points = torch.tensor([[10.0, 5.0], [12.5, 5.5], [28.0, 19.0]])
+    assert torch.allclose(follow(points, flow), torch.tensor([[11.0, 6.0], [13.75, 6.5], [29.0, 19.0]]), atol=1e-4)
+
+
+def test_tracks_are_those_of_what_moves():
+    """Points on a moving square go along; those that it covers are lost; those beside stay."""
+    picture, other = texture(1), texture(2)
+    frames = []
+    for i in range(5):
+        frame = moved(picture, 0, 0).clone()
+        frame[30:66, 20 + 3 * i : 56 + 3 * i] = other[:36, :36]
+        frames.append(frame)
+    points = torch.tensor([[38.0, 48.0], [61.0, 48.0], [80.0, 10.0]])
+    tracks, seen = track_points(torch.stack(frames), points, estimate_flow)
+    assert tracks.shape == (3, 5, 2) and seen.shape == (3, 5)
+    assert (tracks[0, -1] - torch.tensor([50.0, 48.0])).norm() <= 1.0
+    assert (tracks[2, -1] - points[2]).norm() <= 0.5
+    assert seen[0].all() and seen[2].all() and not seen[1, -1]
+
+
+def test_the_picture_shows_direction_and_length():
+    flow = torch.zeros(2, 1, 4)
+    flow[:, 0, 1], flow[:, 0, 2], flow[:, 0, 3] = torch.tensor([2.0, 0]), torch.tensor([0, 2.0]), torch.tensor([1.0, 0])
+    picture = flow_picture(flow)[0]
+    assert torch.allclose(picture[0], torch.ones(3)) and torch.allclose(
+        picture[1], torch.tensor([1.0, 0, 0]), atol=1e-4
+    )
+    assert torch.allclose(picture[2], torch.tensor([0.5, 1, 0]), atol=1e-4)
+    assert torch.allclose(picture[3], torch.tensor([1, 0.5, 0.5]), atol=1e-4)
+    assert torch.allclose(flow_picture(flow, largest=4.0)[0, 1], torch.tensor([1, 0.5, 0.5]), atol=1e-4)

@@ -4,10 +4,23 @@ import json
 
 import pytest
 import torch
-from spacetime_edit.host.video_metrics import measure
+from spacetime_edit.host.optical_flow import flow_of
+from spacetime_edit.host.video_metrics import compare, measure
+from spacetime_edit.nodes import compare_edits, optical_flow, track_points, video_metrics
+from spacetime_edit.nodes.charts import slider
+from spacetime_edit.nodes.compare_edits import CompareEdits
+from spacetime_edit.nodes.optical_flow import OpticalFlow
+from spacetime_edit.nodes.track_points import TrackPoints
 from spacetime_edit.nodes.video_metrics import VideoEditMetrics
 
 FRAMES, SIDE = 4, 48
+
+
+@pytest.fixture
+def unsaved(monkeypatch):
+    """Nodes without the preview files that a running graph wants."""
+    for module in (compare_edits, optical_flow, track_points, video_metrics):
+        monkeypatch.setattr(module.ui, "PreviewImage", lambda picture, cls: None)
 
 
 class Vision:
@@ -87,11 +100,9 @@ def test_what_does_not_fit_is_refused():
         measure(source, edit)
 
 
-def test_the_node_puts_out_picture_text_and_json():
+def test_the_node_puts_out_picture_text_and_json(unsaved):
     source, edit, mask = clips()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("spacetime_edit.nodes.video_metrics.ui.PreviewImage", lambda picture, cls: None)
-        picture, text, data = VideoEditMetrics.execute(source, edit, mask=mask).args
+    picture, text, data = VideoEditMetrics.execute(source, edit, mask=mask).args
     assert picture.ndim == 4 and picture.min() >= 0 and picture.max() <= 1
     assert "background PSNR, dB" in text and json.loads(data)["background PSNR, dB"] == 100
 
@@ -106,3 +117,73 @@ def test_raft_of_the_host_is_asked_for_its_flow(monkeypatch):
     frames = torch.rand(2, 128, 128, 3)
     rows = {r.name: r for r in measure(frames, frames, flow_model=SimpleNamespace(model=raft_large().eval()))}
     assert "RAFT" in rows["warp error x 100"].note and rows["motion error, px"].value == 0
+
+
+def test_several_edits_are_measured_as_each_alone():
+    source, edit, mask = clips()
+    edits = [edit, source.flip(2), source]
+    together = compare(source, edits, prompt="grey", mask=mask, clip=Clip(), clip_vision=Vision())
+    alone = [measure(source, e, prompt="grey", mask=mask, clip=Clip(), clip_vision=Vision()) for e in edits]
+    assert together == alone
+    with pytest.raises(ValueError, match="edit 2: its shape"):
+        compare(source, [edit, edit[:2]])
+
+
+def test_a_flow_that_is_known_is_not_computed_again(monkeypatch):
+    """And what it says is hidden is left out of the warp error."""
+    source, edit, _ = clips()
+    flow = flow_of(source)
+    assert flow.forward.shape == (FRAMES - 1, 2, SIDE, SIDE) and flow.occlusion.shape == (FRAMES - 1, SIDE, SIDE)
+    plain, known = values(measure(source, edit)), values(measure(source, edit, flow=flow))
+    assert known["motion error, px"] == plain["motion error, px"]
+    assert known["warp error x 100"] != plain["warp error x 100"]
+    with pytest.raises(ValueError, match="flow: it is of 4 frames of 48 x 48 pixels, the source has 3"):
+        measure(source[:3], edit[:3], flow=flow)
+
+
+def test_compare_edits_marks_the_best_and_names_the_edits(unsaved, monkeypatch):
+    source, edit, mask = clips()
+    tables = []
+    monkeypatch.setattr(compare_edits, "table_chart", lambda cells, heads, bold: tables.append((cells, heads, bold)))
+    edits = {"edit0": edit, "edit1": source.flip(2), "edit2": None}
+    _, chart, film, data = CompareEdits.execute(source, edits, names="masked\n", mask=mask).args
+    cells, heads, bold = tables[0]
+    assert heads == ("metric", "masked", "edit 2", "")
+    rows = [cell[0] for cell in cells]
+    assert bold[rows.index("background PSNR, dB")] == 1 and bold[rows.index("motion error, px")] == 1
+    assert rows.index("Q-edit") not in bold and "connect CLIP Vision" in cells[0][-1]
+    found = json.loads(data)
+    assert found["masked"]["background PSNR, dB"] == 100 and found["edit 2"]["background PSNR, dB"] < 30
+    assert chart.shape[-1] == 3 and film.shape == (FRAMES, SIDE, 2 * SIDE, 3)
+    for names, message in (("a\nb\nc", "there are 3, one a line, for 2 edits"), ("a\na", "one is there twice")):
+        with pytest.raises(ValueError, match=f"names: {message}"):
+            CompareEdits.execute(source, edits, names=names)
+
+
+def test_the_slider_shows_the_clip_left_of_its_line():
+    source, edit = torch.zeros(3, 8, 16, 3), torch.full((3, 8, 16, 3), 0.5)
+    film = slider(source, [edit, edit])
+    assert film.shape == (3, 8, 32, 3) and not edit.eq(1).any()
+    assert [int((frame[0, :16, 0] == 0).sum()) for frame in film] == [3, 7, 11]
+    assert (film[:, :, 12:16] == 0.5).all() and torch.equal(film[..., :16, :], film[..., 16:, :])
+
+
+def test_flow_and_tracks_as_nodes(unsaved):
+    """A textured picture that moves right by two pixels a frame."""
+    wide = torch.rand(1, 3, 8, 16, generator=torch.Generator().manual_seed(0))
+    wide = torch.nn.functional.interpolate(wide, (SIDE, 2 * SIDE), mode="bicubic")[0].movedim(0, -1).clamp(0, 1)
+    images = torch.stack([wide[:, 20 - 2 * i : 20 - 2 * i + SIDE] for i in range(FRAMES)])
+    flow, picture, hidden = OpticalFlow.execute(images).args
+    assert abs(float(flow.forward[:, 0, 16:-16, 16:-16].mean()) - 2) < 0.3
+    assert picture.shape == (FRAMES - 1, SIDE, SIDE, 3) and hidden.shape == (FRAMES - 1, SIDE, SIDE)
+    mask = torch.zeros(1, 2 * SIDE, 2 * SIDE)
+    mask[:, 40:56, 30:60] = 1
+    tracks, drawn = TrackPoints.execute(images, 8, mask=mask).args
+    path, seen = tracks["track_path"], tracks["track_visibility"]
+    assert path.shape[0] == FRAMES and path.shape[2] == 2 and seen.shape == path.shape[:2]
+    assert (path[-1] - path[0] - torch.tensor([6.0, 0.0])).norm(dim=-1).max() < 1
+    assert drawn.shape == images.shape and not torch.equal(drawn, images)
+    with pytest.raises(ValueError, match="images: there is 1 frame"):
+        TrackPoints.execute(images[:1], 8)
+    with pytest.raises(ValueError, match="images: there is 1 frame"):
+        OpticalFlow.execute(images[:1])
