@@ -5,6 +5,8 @@
     python dev.py test  [args]      lint, fast tests; --all adds live server and browser; rest to pytest
     python dev.py serve [args]      ComfyUI with the pack; args go to ComfyUI (--port 8188, --cpu, ...)
     python dev.py bench [name ...]  list the benchmarks, or run one with its args
+    python dev.py run WORKFLOW      run a graph in API format, or a template, without the editor (tools/run.py)
+    python dev.py evaluate DATASET  run a template over a dataset and measure every edit (tools/evaluate.py)
 
 Each command first does what is missing of `setup`. COMFYUI_PATH names a ComfyUI to use instead of .host.
 """
@@ -18,6 +20,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
@@ -189,9 +192,14 @@ def setup() -> Path:
 # --- commands ---------------------------------------------------------
 
 
-def demo(arguments: list[str]) -> int:
-    setup()
-    return run(PYTHON, ROOT / "tools" / "demo.py", *arguments, check=False, **OFFLINE)
+def tool(name: str) -> Callable[[list[str]], int]:
+    """The command that runs tools/<name>.py."""
+
+    def command(arguments: list[str]) -> int:
+        setup()
+        return run(PYTHON, ROOT / "tools" / f"{name}.py", *arguments, check=False, **OFFLINE)
+
+    return command
 
 
 def test(arguments: list[str]) -> int:
@@ -241,7 +249,13 @@ def setup_command(arguments: list[str]) -> int:
     return 0
 
 
-COMMANDS = {"setup": setup_command, "demo": demo, "test": test, "serve": serve, "bench": bench}
+COMMANDS = {
+    "setup": setup_command,
+    **{name: tool(name) for name in ("demo", "run", "evaluate")},
+    "test": test,
+    "serve": serve,
+    "bench": bench,
+}
 
 
 def main() -> int:
