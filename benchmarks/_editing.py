@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..core.trajectory import Trajectory
+from ..host import video_metrics
 from ..host.inversion import invert
 from ..host.loaders import unet3d
 from ..host.relevance_matching import NEW_CONTENT, RelevanceMatching, redraw_noise, str_score_of
@@ -224,9 +225,19 @@ def run(editor: Editor, cases: Sequence, methods: Mapping[str, Callable], measur
         for name, method in methods.items():
             edited, seconds = cpu_seconds(lambda: method(editor, case, trajectory))  # noqa: B023 (called here)
             times = {"seconds": seconds.user, "inversion_seconds": inversion.user}
-            records.append({**about, "method": name, **measure(case, edited, reconstruction), **times})
+            measured = measure(case, edited, reconstruction) | in_the_graphs_metrics(case, edited)
+            records.append({**about, "method": name, **measured, **times})
         print(f"\r{number + 1} of {len(cases)} clips", end="", file=sys.stderr, flush=True)
     return records
+
+
+def in_the_graphs_metrics(case: Case | Chain, edited: Tensor | tuple[Tensor | None, Tensor]) -> dict[str, float]:
+    """What *Video Edit Metrics* says of an edit without models, by its names; a background edit has no background."""
+    edit = edited[-1] if isinstance(edited, tuple) else edited
+    mask = case.masks(0, 1) if isinstance(case, Chain) else case.edited_masks.amax(0)
+    source, edit = (clip.movedim(1, -1) for clip in (world.render(case.source)[0], edit))
+    rows = video_metrics.measure(source, edit, mask=None if case.kind == "background" else mask)
+    return {row.name: row.value for row in rows if row.value is not None}
 
 
 def described(settings: Settings) -> str:

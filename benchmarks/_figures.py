@@ -21,6 +21,16 @@ COLUMNS = {
 }
 """Metrics of one edit, with their column headings."""
 
+METRICS = {
+    "warp error x 100": "warp",
+    "motion error, px": "mot err",
+    "motion fidelity": "mot fid",
+    "background PSNR, dB": "bg dB",
+    "background SSIM": "bg SSIM",
+    "flicker x 100": "flicker",
+}
+"""Those of *Video Edit Metrics* that need no model, with their column headings."""
+
 CHAIN_COLUMNS = {
     "first_right_before": "1st, one",
     "first_right": "1st, two",

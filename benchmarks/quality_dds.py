@@ -161,9 +161,10 @@ def main() -> int:
         for group in arguments.only:
             cases = make_cases(group, arguments.seed, arguments.n)
             records = run(editor, cases, methods(settings)[group], measure)
-            rows = figures.summarise(records, COLUMNS)
+            rows = figures.summarise(records, COLUMNS | figures.METRICS)
             comparisons = figures.compare(records, PAIRS, arguments.seed)
-            print(figures.format_rows(rows, COLUMNS), figures.format_comparisons(comparisons), sep="\n")
+            tables = [figures.format_rows(rows, columns) for columns in (COLUMNS, figures.METRICS)]
+            print(*tables, figures.format_comparisons(comparisons), sep="\n")
             if group == "losses":
                 print(*of_losses(rows), sep="\n")
             report[group] = {"rows": rows, "comparisons": comparisons, "clips": records}

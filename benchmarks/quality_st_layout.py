@@ -282,9 +282,10 @@ def main() -> int:
         editor = Editor(settings)
         for group in arguments.only:
             records = run(editor, make_cases(group, arguments.seed, arguments.n), GROUPS[group], measure)
-            rows = figures.summarise(records, COLUMNS)
+            rows = figures.summarise(records, COLUMNS | figures.METRICS)
             comparisons = figures.compare(records, PAIRS, arguments.seed)
-            print(figures.format_rows(rows, COLUMNS), figures.format_comparisons(comparisons), sep="\n")
+            tables = [figures.format_rows(rows, columns) for columns in (COLUMNS, figures.METRICS)]
+            print(*tables, figures.format_comparisons(comparisons), sep="\n")
             report[group] = {"rows": rows, "comparisons": comparisons, "clips": records}
             if arguments.json:
                 arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

@@ -253,11 +253,13 @@ def run_suite(name: str, editor: Editor, seed: int, n: int | None) -> dict:
     suite = SUITES[name]
     n = n or suite.n
     records = suite.run(editor, seed, n)
-    rows, comparisons = figures.summarise(records, suite.columns), figures.compare(records, suite.pairs, seed)
+    rows = figures.summarise(records, suite.columns | figures.METRICS)
+    comparisons = figures.compare(records, suite.pairs, seed)
     lines = suite.verdicts(rows, comparisons)
     inversion = figures.typical(records, "inversion_seconds")
     print(f"\n\n=== {name}, n {n}: inversion {inversion:.1f} s a clip; s/clip holds only that before a second edit")
-    print(figures.format_rows(rows, suite.columns), figures.format_comparisons(comparisons), "", *lines, sep="\n")
+    tables = [figures.format_rows(rows, columns) for columns in (suite.columns, figures.METRICS)]
+    print(*tables, figures.format_comparisons(comparisons), "", *lines, sep="\n")
     report = {"n": n, "inversion_seconds": inversion, "rows": rows, "comparisons": comparisons}
     return report | {"verdicts": lines, "clips": records}
 
