@@ -19,6 +19,7 @@ Flow = Callable[[Tensor, Tensor], Tensor]
 """From one frame (H, W, 3) to the next: (2, H, W) in pixels."""
 
 ITERATIONS = 5
+CONVERGED = 0.02  # pixels of the root mean square of a step, below which a level is done
 SMALLEST = 16  # side of the coarsest level
 WINDOW = (15, 15)
 SIGMA = (3.0, 3.0)
@@ -141,7 +142,10 @@ def _refined(a: Tensor, b: Tensor, flow: Tensor) -> Tensor:
         difference = _moved(b, flow) - a
         u, v = (gaussian_blur2d(product, WINDOW, SIGMA) for product in (x * difference, y * difference))
         step = torch.cat([yy * u - xy * v, xx * v - xy * u], 1) / determinant
-        flow = flow - step.clamp(-2, 2)
+        step = step.clamp(-2, 2)
+        flow = flow - step
+        if step.square().mean().sqrt() < CONVERGED:
+            break
     return flow
 
 

@@ -180,14 +180,16 @@ def motion_fidelity(source: Tensor, edit: Tensor) -> float:
         raise ValueError("tracks: one of the clips has none; expected at least one point in each")
     _same_size("edit", edit.shape[1:], "source", source.shape[1:])
     _at_least_two(source.shape[1])
-    steps = [tracks.double().diff(dim=1) for tracks in (source, edit)]
-    units = [s / s.norm(dim=-1, keepdim=True).clamp_min(STILL) for s in steps]
-    moving = [s.norm(dim=-1) > STILL for s in steps]
-    alike = torch.einsum("nfc,mfc->nmf", *units)
-    alike = alike + (~moving[0][:, None] & ~moving[1][None]).double()
-    both = moving[0][:, None] == moving[1][None]
-    alike = torch.where(both, alike, torch.zeros_like(alike)).mean(-1)
-    return float((alike.amax(1).mean() + alike.amax(0).mean()) / 2)
+    total = torch.zeros(len(source), len(edit), dtype=torch.float64)
+    for f in range(source.shape[1] - 1):
+        steps = [tracks[:, f + 1].double() - tracks[:, f].double() for tracks in (source, edit)]
+        lengths = [step.norm(dim=-1, keepdim=True) for step in steps]
+        a, b = (step / length.clamp_min(STILL) for step, length in zip(steps, lengths, strict=True))
+        still, also_still = (length[:, 0] <= STILL for length in lengths)
+        alike = torch.where(still[:, None] & also_still, 1.0, a @ b.T)
+        total += torch.where(still[:, None] == also_still, alike, 0.0)
+    total /= source.shape[1] - 1
+    return float((total.amax(1).mean() + total.amax(0).mean()) / 2)
 
 
 # --- over time ----------------------------------------------------------
