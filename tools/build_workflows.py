@@ -15,6 +15,7 @@ from collections.abc import Callable
 from functools import partial
 
 import template_settings as use
+from build_subgraphs import block_json
 from graphs import Graph, Node, Output
 from other_packs import is_there, other_packs
 from pack import host_path
@@ -127,6 +128,19 @@ def compared(graph: Graph, name: str) -> None:
     graph.column()
     film = {"images": large["IMAGE"], "fps": clip["fps"], "filename_prefix": f"spacetime_edit/{name}_slider"}
     graph.add("SaveAnimatedWEBP", title="Film: the clip left of the line", **film)
+
+
+def one_block(graph: Graph, name: str) -> None:
+    """The plain edit again, by the block of `subgraphs/`."""
+    model, clip = load(graph, use.ONE_OBJECT)
+    graph.group("Edit")
+    parts = {"model": model["MODEL"], "clip": model["CLIP"], "vae": model["VAE"]}
+    said = {"source_prompt": clip["source_prompt"], "edit_prompt": clip["edit_prompt"]}
+    settings = {"lambda": use.TINY_LAMBDA, "steps": use.TINY_STEPS, "cfg": use.TINY_CFG}
+    block = block_json("Edit Video (STR-Match)", graph.definitions)
+    edited = graph.embed(block, images=clip["images"], **parts, **said, **settings)["edit"]
+    graph.group("Result")
+    save(graph, clip["images"], clip["fps"], edited, name)
 
 
 def several(graph: Graph, name: str) -> None:
@@ -394,6 +408,7 @@ TRANSFORMERS = {
 TEMPLATES: dict[str, tuple[str, Callable]] = {  # name: key of the notes and of the saved files, builder
     "Swap an object - prompt swap (tiny)": ("prompt_swap", partial(tiny, matching=False)),
     "Swap an object - STR-Match (tiny)": ("str_match", with_curve),
+    "One block - STR-Match (tiny)": ("one_block", one_block),
     "Swap an object - STR-Match (Zeroscope)": ("zeroscope", lambda graph, name: zeroscope(graph)),
     "Keep the background exactly - STR-Match with mask (tiny)": ("str_match_mask", partial(tiny, mask=FIRST)),
     "Mask from relevance - STR-Match (tiny)": ("relevance_mask", partial(tiny, mask=relevant)),

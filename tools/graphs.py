@@ -155,9 +155,10 @@ class Graph:
 
     def __init__(self, name: str, definitions: dict[str, dict]):
         self.name = name
-        self._definitions = definitions
+        self.definitions = definitions
         self._groups: list[tuple[str, list[list[Node]]]] = []
         self._notes: list[Node] = []
+        self._subgraphs: list[dict] = []
         self._mode = ALWAYS
 
     def group(self, title: str, *, muted: bool = False) -> None:
@@ -170,9 +171,28 @@ class Graph:
 
     def add(self, type: str, /, title: str | None = None, color: str | None = None, **values: Any) -> Node:
         """A node with these links (an Output) and widget values; KeyError for an input that it lacks."""
-        node = Node(len(self.nodes) + 1, type, self._definitions[type], values, title, color, self._mode)
+        node = Node(len(self.nodes) + 1, type, self.definitions[type], values, title, color, self._mode)
         if unknown := set(values) - set(node.inputs):
             raise KeyError(f"{type} has no input {', '.join(sorted(unknown))}")
+        self._groups[-1][1][-1].append(node)
+        return node
+
+    def embed(self, block: dict[str, Any], **values: Any) -> Node:
+        """A node of a subgraph, from its file in `subgraphs/`, with its definition."""
+        (outer,) = block["nodes"]
+        inputs = {socket["name"]: [socket["type"], {}] for socket in outer["inputs"]}
+        of_widgets = [socket["name"] for socket in outer["inputs"] if "widget" in socket]
+        for name, value in zip(of_widgets, outer["widgets_values"], strict=True):
+            inputs[name][1]["default"] = value
+        outputs = [(socket["name"], socket["type"]) for socket in outer["outputs"]]
+        definition = {
+            "input": {"required": inputs},
+            "output": [kind for _, kind in outputs],
+            "output_name": [name for name, _ in outputs],
+            "properties": outer["properties"],
+        }
+        self._subgraphs += block["definitions"]["subgraphs"]
+        node = Node(len(self.nodes) + 1, outer["type"], definition, values, outer["title"], None, self._mode)
         self._groups[-1][1][-1].append(node)
         return node
 
@@ -202,6 +222,7 @@ class Graph:
             "groups": boxes,
             "config": {},
             "extra": {"ds": VIEW},
+            **({"definitions": {"subgraphs": self._subgraphs}} if self._subgraphs else {}),
             "version": 0.4,
         }
 
@@ -257,8 +278,8 @@ def node_json(node: Node, order: int, links: list[list]) -> dict[str, Any]:
     for slot, (name, kind) in enumerate(zip(definition["output_name"], definition["output"], strict=True)):
         from_here = [link[0] for link in links if link[1:3] == [node.id, slot]]
         outputs.append({"name": name, "type": kind, "links": from_here or None})
-    properties = {}
-    if node.type != NOTE:
+    properties = definition.get("properties", {})
+    if not properties and node.type != NOTE:
         ours = definition["python_module"] == f"custom_nodes.{PACK_NAME}"
         properties = {"Node name for S&R": node.type, "cnr_id": PACK_NAME if ours else "comfy-core"}
     if node.models:

@@ -249,6 +249,12 @@ Press **Run**: the circle becomes a square, and **Video Edit Metrics** says in n
 moves as the clip does and what of the background is left. {NOTHING_NEEDED}
 
 What it cannot measure says what to connect: with CLIP, CLIP Vision and RAFT of your own the table is complete.""",
+    "one_block": f"""## One block
+Press **Run**: the red circle becomes a square. {NOTHING_NEEDED}
+
+All of STR-Match is in the block **Edit Video (STR-Match)**: a model, a clip and two prompts go in, the edit comes \
+out. Find it, and *Edit Regions (ST-Layout)* and *Edit Video (DreamMotion)*, in the node library under *Subgraph \
+Blueprints*, or by searching for *Edit Video*. Its corner opens it: inside are the nodes of the other templates.""",
     "compared": f"""## Compare edits
 Press **Run**: one clip is edited twice, by a prompt swap and by STR-Match, and **Compare Edits** says which is better \
 at what. {NOTHING_NEEDED}
@@ -449,6 +455,10 @@ stay more. (At 0 there is no match and no curve: that is the template *prompt sw
 - **lambda** 0 in *STR Latent Optimizer* and run again: which numbers get worse?
 - *Load CLIP Vision* and a CLIP of the same model on *Video Edit Metrics*: text alignment, frame consistency, Q-edit.
 - *Load Optical Flow Model* (RAFT) on it: a better flow for real clips.""",
+    "one_block": """### Try
+- **mask_1** of *Load Example Clip* on **mask** of the block: the rest of the picture stays.
+- **lambda** 0: a prompt swap.
+- a model of your own in its place: then **lambda** 0.01 and **steps** 50.""",
     "compared": """### Try
 - a third edit: connect its *VAE Decode* to the free input of *Compare Edits* and add a line to **names**.
 - *Load CLIP Vision* and a CLIP of the same model on it: text alignment, frame consistency, Q-edit.
