@@ -41,7 +41,7 @@ FAR = 3e4  # logit below the others of a hidden key: its weight is 0 in every dt
 WIDTH_STEP = 8  # fused kernels want widths that are multiples of this
 TILE_ELEMENTS = {"cpu": 2**19}  # of the scores that are looked through at once: about a cache
 LARGE_TILE = 2**24  # on other devices, where a call costs more than its memory
-TOGETHER = 2**25  # elements of query and key that are worked on at once, without a graph: the rest waits, head by head
+TOGETHER = 2**23  # elements of query and key that are worked on at once, without a graph: the rest waits, head by head
 SMALL = 256  # rows below which some of them alone may be computed by another code path, with other rounding
 
 
@@ -165,7 +165,7 @@ def _heads_at_once(query: Tensor, key: Tensor) -> list[tuple[slice, slice]]:
     of_one = (n + key.shape[2]) * width
     if of_one * batch * heads <= TOGETHER:
         return [(slice(None), slice(None))]
-    step = max(1, min(heads, TOGETHER // (4 * of_one)))
+    step = max(1, min(heads, TOGETHER // of_one))
     return [(slice(b, b + 1), slice(h, h + step)) for b in range(batch) for h in range(0, heads, step)]
 
 
