@@ -141,3 +141,49 @@ def test_version_is_in_the_changelog_and_torch_is_not_a_dependency():
     requirements = (ROOT / "requirements.txt").read_text(encoding="utf-8").split()
     assert requirements == project.dependencies
     assert not [requirement for requirement in requirements if requirement.startswith("torch")]
+
+
+SNAPSHOT = json.loads((ROOT / "tests" / "nodes" / "schemas.json").read_text(encoding="utf-8"))
+
+
+def test_saved_workflows_still_open(schemas):
+    """Against the snapshot: no input, choice or output that a saved workflow may hold is gone or elsewhere."""
+    import nodes
+    from spacetime_edit.tools.schemas import breaking, described
+
+    now = {}
+    for name in schemas:
+        info = nodes.NODE_CLASS_MAPPINGS[name].GET_NODE_INFO_V1()
+        now[name] = json.loads(json.dumps(described(info)))
+    for own in now.values():  # names of files are the machine's
+        for spec in own["inputs"]:
+            spec["choices"] = [choice for choice in spec["choices"] if "/" not in str(choice)]
+    assert list(breaking(SNAPSHOT, now)) == []
+    assert now == SNAPSHOT, "something is new: run `python tools/schemas.py`"
+
+
+def test_what_would_break_saved_workflows_is_seen():
+    from copy import deepcopy
+
+    from spacetime_edit.tools.schemas import breaking
+
+    name = "STE_STRLatentOptimizer"
+    assert list(breaking(SNAPSHOT, SNAPSHOT)) == []
+
+    def changed(change):
+        after = deepcopy(SNAPSHOT)
+        change(after)
+        return list(breaking(SNAPSHOT, after))
+
+    def inputs(after):
+        return after[name]["inputs"]
+
+    new = {"name": "new", "type": "FLOAT", "optional": True, "choices": []}
+    assert changed(lambda after: inputs(after).append(new)) == []
+    assert "widgets are" in changed(lambda after: inputs(after).insert(0, new))[0]
+    assert "not optional" in changed(lambda after: inputs(after).append(new | {"optional": False}))[0]
+    assert changed(lambda after: after.pop(name)) == [f"{name}: gone"]
+    assert "input score is gone" in changed(lambda after: inputs(after).pop(0))[0]
+    task = next(i for i, own in enumerate(SNAPSHOT[name]["inputs"]) if own["name"] == "task")
+    assert "has no choice delete" in changed(lambda after: inputs(after)[task]["choices"].remove("delete"))[0]
+    assert "output 0" in changed(lambda after: after[name]["outputs"].clear())[0]
