@@ -43,6 +43,7 @@ CHILD = {"PYTHONUTF8": "1", "GOMP_SPINCOUNT": "1000"}  # idle threads soon sleep
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 FAST_TIERS = ("core", "host", "nodes")
 LIVE_TIERS = ("workflows", "browser")
+MOST_WORKERS = 4  # each has ComfyUI in memory, and in the live tiers a server and a browser
 
 
 class SetupError(Exception):
@@ -203,17 +204,23 @@ def tool(name: str) -> Callable[[list[str]], int]:
 
 
 def test(arguments: list[str]) -> int:
-    """Every check runs, even after a failed one; the status is that of the first failure."""
+    """Every check runs, even after a failed one; the status is that of the first failure.
+
+    All tests at once are shared among the cores, one thread each: threads of several processes would wait for another.
+    """
     setup()
     tiers = FAST_TIERS + (LIVE_TIERS if "--all" in arguments else ())
     folders = [folder for tier in tiers if (folder := ROOT / "tests" / tier).is_dir()]
     arguments = [argument for argument in arguments if argument != "--all"]
     named = [argument for argument in arguments if argument.startswith("tests")]
+    workers = min(os.cpu_count() or 1, MOST_WORKERS)
+    shared = [] if named or "-n" in arguments or workers == 1 else ["-n", workers, "--dist", "worksteal"]
+    threads = {"OMP_NUM_THREADS": "1"} if shared else {}
     statuses = [
         run(BIN / "ruff", "check", ROOT, check=False),
         run(BIN / "ruff", "format", "--check", ROOT, check=False),
         # `python -m pytest` would put the root on sys.path, and our nodes/ before ComfyUI's nodes.py.
-        run(BIN / "pytest", *([] if named else folders), *arguments, check=False, **OFFLINE),
+        run(BIN / "pytest", *([] if named else folders), *shared, *arguments, check=False, **OFFLINE, **threads),
     ]
     return next(filter(None, statuses), 0)
 

@@ -187,3 +187,30 @@ def test_what_would_break_saved_workflows_is_seen():
     task = next(i for i, own in enumerate(SNAPSHOT[name]["inputs"]) if own["name"] == "task")
     assert "has no choice delete" in changed(lambda after: inputs(after)[task]["choices"].remove("delete"))[0]
     assert "output 0" in changed(lambda after: after[name]["outputs"].clear())[0]
+
+
+WITHOUT = """
+import asyncio, importlib.abc, sys
+
+class Missing(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name.split(".")[0] in ("diffusers", "kornia", "matplotlib"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Missing())
+sys.path.append(sys.argv[1])
+from pack import load_pack
+extension = asyncio.run(load_pack().comfy_entrypoint())
+print([node.GET_SCHEMA().node_id for node in asyncio.run(extension.get_node_list())])
+"""
+
+
+def test_without_its_own_packages_every_node_is_still_listed(schemas):
+    """What needs one of them fails when it runs, by the package's name; nothing else does, nor does ComfyUI's start."""
+    import subprocess
+    import sys
+
+    command = [sys.executable, "-c", WITHOUT, ROOT / "tools"]
+    ran = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0, ran.stderr
+    assert sorted(json.loads(ran.stdout.splitlines()[-1].replace("'", '"'))) == sorted(schemas)
