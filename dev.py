@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -269,6 +270,7 @@ def main() -> int:
     if sys.version_info < (3, 10):  # noqa: UP036 (a person may start it with any Python)
         print("dev.py needs Python 3.10 or newer", file=sys.stderr)
         return 2
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exit that ends the child, such as a server
     sys.stdout.reconfigure(line_buffering=True)  # keep our lines in order with those of child processes
     name, *arguments = sys.argv[1:] or ["help"]
     if name not in COMMANDS:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from spacetime_edit.tools import evaluate
-from spacetime_edit.tools.api_graphs import GraphError, read_graph, set_inputs
+from spacetime_edit.tools.api_graphs import GraphError, listed, read_graph, set_inputs, wanted_models
 from spacetime_edit.tools.edit_datasets import Case, DatasetError, read_dataset
 
 CLIPS = Path(__file__).resolve().parents[2] / "assets" / "tiny_clips"
@@ -75,10 +75,17 @@ def test_inputs_are_set_by_id_class_and_title():
     }
     set_inputs(graph, ["KSampler.steps=5", "Draw it.name=b=c"])
     assert graph["1"]["inputs"] == {"steps": 5, "name": "b=c"}
+    own = read_graph("Swap an object - STR-Match (tiny)")
+    set_inputs(own, ["STR Latent Optimizer.lambda=0.02", "Negative prompt.text=blurry", "Invert Video.steps=3"])
+    changed = {node["class_type"]: node["inputs"] for node in own.values()}
+    assert changed["STE_STRLatentOptimizer"]["strength"] == 0.02 and changed["STE_InvertVideo"]["steps"] == 3
+    assert [n["inputs"]["text"] for n in own.values() if n["class_type"] == "CLIPTextEncode"].count("blurry") == 1
+    assert "STE_STRLatentOptimizer  (STR Latent Optimizer)\n    strength (lambda) = 0.02" in listed(own)
     for setting, message in (
         ("steps=5", "expected node.input=value"),
         ("Sampler.steps=5", "no such node; there are KSampler, VAEDecode"),
         ("1.step=5", "KSampler has steps, name"),
+        ("Sampler.1.steps=5", "no such node"),
     ):
         with pytest.raises(GraphError, match=message):
             set_inputs(graph, [setting])
@@ -91,6 +98,7 @@ def test_graphs_that_are_none_are_named(tmp_path):
     (tmp_path / "list.json").write_text("[]")
     for name, message in (
         ("none", "no such file, and no template"),
+        ("Swap an object", "do you mean 'Swap an object - "),
         ("ui.json", "export it with File > Export"),
         ("text.json", "it is no JSON"),
         ("list.json", "it is no graph in API format"),
@@ -131,3 +139,11 @@ def test_rows_are_kept_and_those_of_another_run_are_not_mixed_in(tmp_path):
     with pytest.raises(DatasetError, match=r"rows of another run \(settings differ\)"):
         evaluate.Results(tmp_path, {"template": "a", "settings": "1.steps=2"})
     assert json.loads((tmp_path / "results.json").read_text())["about"]["template"] == "a"
+
+
+def test_what_a_template_wants_is_named_with_its_place():
+    wanted = wanted_models("Swap an object - STR-Match (LTX-Video)")
+    assert (
+        wanted[0].startswith("models/checkpoints/ltx-video-2b-v0.9.5.safetensors  from https://") and len(wanted) == 2
+    )
+    assert wanted_models("Swap an object - STR-Match (tiny)") == [] == wanted_models("some file.json")

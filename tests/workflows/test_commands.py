@@ -51,6 +51,11 @@ def test_a_dataset_is_evaluated_and_gone_on_with(tmp_path):
     assert ran.returncode == 2 and "rows of another run (settings differ)" in ran.stderr
 
 
+def test_missing_models_are_named_with_their_places():
+    ran = called("run", "Swap an object - STR-Match (LTX-Video)")
+    assert ran.returncode == 2 and "models/checkpoints/ltx-video-2b-v0.9.5.safetensors  from https://" in ran.stderr
+
+
 def test_a_template_is_run_from_the_command_line(tmp_path):
     ran = called("run", SWAP, "--out", tmp_path, "--set", *QUICK)
     assert ran.returncode == 0 and "STE_InvertVideo" in ran.stdout, ran.stdout + ran.stderr
