@@ -124,15 +124,19 @@ class Browser:
 
     def command(self, method: str, **parameters: Any) -> dict[str, Any]:
         """One protocol command and its result; console messages that arrive meanwhile go to `console`."""
-        self._last_id += 1
-        self._socket.send(json.dumps({"id": self._last_id, "method": method, "params": parameters}))
+        own = self._send(method, parameters)
         while True:
             message = json.loads(self._socket.recv())
-            if message.get("id") == self._last_id:
+            if message.get("id") == own:
                 if "error" in message:
                     raise RuntimeError(f"{method}: {message['error']['message']}")
                 return message["result"]
             self._note(message)
+
+    def _send(self, method: str, parameters: dict[str, Any]) -> int:
+        self._last_id += 1
+        self._socket.send(json.dumps({"id": self._last_id, "method": method, "params": parameters}))
+        return self._last_id
 
     def evaluate(self, javascript: str) -> Any:
         """Value of an expression, as JSON; a promise is awaited. Raises JavaScriptError."""
@@ -184,7 +188,9 @@ class Browser:
 
     def _note(self, message: dict[str, Any]) -> None:
         parameters = message.get("params", {})
-        if message.get("method") == "Runtime.consoleAPICalled":
+        if message.get("method") == "Page.javascriptDialogOpening":  # such as "leave the page?": nothing goes on before
+            self._send("Page.handleJavaScriptDialog", {"accept": True})
+        elif message.get("method") == "Runtime.consoleAPICalled":
             text = " ".join(str(part.get("value", part.get("description"))) for part in parameters["args"])
             frames = parameters.get("stackTrace", {}).get("callFrames") or [{}]
             self.console.append(ConsoleMessage(parameters["type"], text, frames[0].get("url", "")))
