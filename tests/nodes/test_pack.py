@@ -83,6 +83,15 @@ def test_every_node_has_a_help_page_that_mentions_every_input_and_output(schemas
     assert missing_by_node(schemas, check) == {}
 
 
+def test_every_help_page_has_a_picture(schemas):
+    def check(name, schema):
+        picture, page = f"images/{name}.webp", ROOT / "web" / "docs" / f"{name}.md"
+        if picture not in page.read_text(encoding="utf-8") or not (page.parent / picture).is_file():
+            yield f"{picture}: run `python tools/build_help_pictures.py --only {name}`"
+
+    assert missing_by_node(schemas, check) == {}
+
+
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_every_node_is_translated(schemas, language):
     file = ROOT / "locales" / language / "nodeDefs.json"
