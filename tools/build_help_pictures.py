@@ -29,6 +29,7 @@ SHOWN = """(() => {
     const page = app.canvas.canvas.getBoundingClientRect();
     const title = LiteGraph.NODE_TITLE_HEIGHT;
     app.canvas.deselectAll?.();
+    node.mode = 0;  // also of a muted group
     app.canvas.ds.scale = 1;
     app.canvas.ds.offset = [260 - node.pos[0], 160 - node.pos[1]];
     app.canvas.setDirty(true, true);

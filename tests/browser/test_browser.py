@@ -57,7 +57,7 @@ def test_template_in_the_frontend(browser, live_server, template):
     assert browser.api_form() == read(api_path(template)), "run `python tools/export_api.py`"
     if is_tiny(template):
         assert run_shown_graph(browser, live_server)["status"]["status_str"] == "success"
-        sleep(1)  # previews load
+        browser.wait_for("[...document.images].every(image => image.complete)")  # previews load
     browser.screenshot(SCREENSHOTS / f"{template.stem}.png")
 
 
