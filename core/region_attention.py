@@ -109,16 +109,15 @@ def modulated_attention(
             return modulated_attention(q, key, value, u, region_key, a, mask=_pick(mask, 2, chosen), **options)
 
         return _in_two(of_rows, rows, 2)
-    if not (torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))):
-        parts = _heads_at_once(query, key)
-        if len(parts) > 1:
-            out = value.new_empty(*query.shape[:3], value.shape[-1])
-            for b, heads in parts:
-                q, k, v = query[b, heads], key[b, heads], value[b, heads]
-                u, w = (t[b if len(t) > 1 else slice(None)] for t in (region_query, region_key))
-                own = mask if mask is None or len(mask) == 1 else mask[b]
-                out[b, heads] = modulated_attention(q, k, v, u, w, strength[b, heads], mask=own, **options)
-            return out
+    recorded = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
+    if not recorded and len(parts := _heads_at_once(query, key)) > 1:
+        out = value.new_empty(*query.shape[:3], value.shape[-1])
+        for b, heads in parts:
+            tensors = [t[b, heads] for t in (query, key, value)]
+            regions = [t if len(t) == 1 else t[b] for t in (region_query, region_key)]
+            own = mask if mask is None or len(mask) == 1 else mask[b]
+            out[b, heads] = modulated_attention(*tensors, *regions, strength[b, heads], mask=own, **options)
+        return out
     scores = _Scores(query, key, scale, mask, blocks, tile)
     factors = None if alone is not None else _factors(region_query, region_key, overlap)
     out = _augmented(scores, value, factors, strength, attention)
