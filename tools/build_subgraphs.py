@@ -136,16 +136,21 @@ def prompts_of(block: Block, model: dict[str, Output]) -> tuple[Node, Node]:
     return source, graph.add("CLIPTextEncode", "Negative prompt", "red", text="", clip=model["CLIP"])
 
 
+def fitted(block: Block, model: dict[str, Output], images: Output, mask: Output) -> tuple[Node, Node, Node]:
+    """The edit's prompt, as a widget of the block; the clip in the model's size, and its latent."""
+    graph, text = block.graph, block.take("edit_prompt", "STRING", "")
+    positive = graph.add("CLIPTextEncode", "Prompt: the edit", "green", text=text, clip=model["CLIP"])
+    graph.column()
+    clip = graph.add("STE_FitClipToModel", images=images, model=model["MODEL"], mask=mask)
+    return positive, clip, graph.add("VAEEncode", pixels=clip["images"], vae=model["VAE"])
+
+
 def str_match(block: Block) -> None:
     """Invert, match, decode."""
     graph, model, images = opened(block)
     mask = block.take("mask", "MASK")
     source, negative = prompts_of(block, model)
-    text = block.take("edit_prompt", "STRING", "")
-    positive = graph.add("CLIPTextEncode", "Prompt: the edit", "green", text=text, clip=model["CLIP"])
-    graph.column()
-    clip = graph.add("STE_FitClipToModel", images=images, model=model["MODEL"], mask=mask)
-    latent = graph.add("VAEEncode", pixels=clip["images"], vae=model["VAE"])
+    positive, clip, latent = fitted(block, model, images, mask)
     steps = block.take("steps", "INT", 50)
     trajectory = inversion(graph, model, source, latent["LATENT"], steps)
     graph.column()
@@ -185,11 +190,7 @@ def dreammotion(block: Block) -> None:
     graph, model, images = opened(block)
     mask = block.take("mask", "MASK")
     source, negative = prompts_of(block, model)
-    text = block.take("edit_prompt", "STRING", "")
-    positive = graph.add("CLIPTextEncode", "Prompt: the edit", "green", text=text, clip=model["CLIP"])
-    graph.column()
-    clip = graph.add("STE_FitClipToModel", images=images, model=model["MODEL"], mask=mask)
-    latent = graph.add("VAEEncode", pixels=clip["images"], vae=model["VAE"])
+    positive, clip, latent = fitted(block, model, images, mask)
     graph.column()
     conds = {"source_positive": source, "positive": positive, "negative": negative}
     widgets = {"steps": ("INT", 200), "step_size": ("FLOAT", 0.4), "cfg": ("FLOAT", 7.5), "s_ssm": ("FLOAT", 0.3)}
