@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler
+from diffusers.models.transformers.transformer_temporal import TransformerTemporalModel
 from spacetime_edit.tools.shape_world import variety, world
 from spacetime_edit.tools.train_tiny import checkpoints, export, muon, parts, train_unet, train_vae, words
 from transformers import CLIPTokenizer
@@ -186,6 +187,41 @@ def test_the_noisiest_latent_tells_nothing_of_its_objects():
     assert signal < 1.0
 
 
+def test_coarse_attention_begins_as_the_model_without_it():
+    torch.manual_seed(0)
+    plain = parts.make_unet((8, 8, 16), coarse_attention=False).eval()
+    for module in plain.modules():
+        if isinstance(module, TransformerTemporalModel):
+            torch.nn.init.normal_(module.proj_out.weight)
+    wider = parts.with_coarse_attention(plain).eval()
+    assert len(list(wider.parameters())) > len(list(plain.parameters()))
+    arguments = torch.randn(2, 4, 3, 16, 16), torch.tensor([500, 20]), torch.randn(2, 24, parts.WIDTH)
+    with torch.no_grad():
+        assert torch.equal(wider(*arguments).sample, plain(*arguments).sample)
+    wider(*arguments).sample.square().mean().backward()
+    assert wider.get_parameter("down_blocks.2.attentions.0.proj_out.weight").grad.any()
+    again = parts.with_coarse_attention(wider)
+    assert all(torch.equal(p, q) for p, q in zip(again.parameters(), wider.parameters(), strict=True))
+
+
+def test_other_layers_are_refused():
+    unet = parts.make_unet((8, 8, 16))
+    unet.conv_extra = torch.nn.Conv2d(1, 1, 1)
+    with pytest.raises(ValueError, match="conv_extra"):
+        parts.with_coarse_attention(unet)
+
+
+@torch.no_grad()
+def test_products_in_bfloat16():
+    torch.manual_seed(0)
+    unet = parts.faster(parts.make_unet((8, 8, 16)).eval())
+    arguments = torch.randn(2, 4, 3, 16, 16), torch.tensor([500, 20]), torch.randn(2, 24, parts.WIDTH)
+    expected = unet(*arguments).sample
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = unet(*arguments).sample
+    assert 0 < (rounded - expected).norm() < 0.05 * expected.norm()
+
+
 # --- a run --------------------------------------------------------------
 
 
@@ -194,6 +230,7 @@ def settings(run, **changes):
         "run": run, "init": "", "channels": [8, 8, 8], "minutes": 0.02, "processes": 1, "threads": 1, "clips": 1,
         "images": 2, "image_every": 3, "long_every": 4, "rate": 0.01, "adam_rate": 1e-3, "decay_from": 0.5,
         "noisy": 0.75, "object_weight": 2.0, "save_minutes": 5.0, "seed": 0,
+        "bf16": False,
     }  # fmt: skip
     return Namespace(**defaults | changes)
 

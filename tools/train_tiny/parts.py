@@ -48,8 +48,11 @@ def make_vae(channels: tuple[int, int, int] = (8, 24, 48)) -> AutoencoderKL:
     )
 
 
-def make_unet(channels: tuple[int, int, int] = (32, 64, 80), head: int = 8) -> UNet3DConditionModel:
-    """A video U-Net of the ModelScope / Zeroscope family."""
+def make_unet(
+    channels: tuple[int, int, int] = (32, 64, 80), head: int = 8, coarse_attention: bool = True
+) -> UNet3DConditionModel:
+    """A video U-Net of the ModelScope / Zeroscope family. coarse_attention: also at 4 x 4 cells."""
+    coarse = "CrossAttn" if coarse_attention else ""
     unet = UNet3DConditionModel(
         sample_size=LATENT,
         in_channels=CHANNELS,
@@ -59,14 +62,29 @@ def make_unet(channels: tuple[int, int, int] = (32, 64, 80), head: int = 8) -> U
         norm_num_groups=4,
         cross_attention_dim=WIDTH,
         attention_head_dim=head,
-        down_block_types=("CrossAttnDownBlock3D", "CrossAttnDownBlock3D", "DownBlock3D"),
-        up_block_types=("UpBlock3D", "CrossAttnUpBlock3D", "CrossAttnUpBlock3D"),
+        down_block_types=("CrossAttnDownBlock3D",) * 2 + (f"{coarse}DownBlock3D",),
+        up_block_types=(f"{coarse}UpBlock3D",) + ("CrossAttnUpBlock3D",) * 2,
     )
     for module in unet.modules():
         if isinstance(module, TransformerTemporalModel):  # a fresh model begins as one of images
             nn.init.zeros_(module.proj_out.weight)
             nn.init.zeros_(module.proj_out.bias)
     return unet
+
+
+def with_coarse_attention(unet: UNet3DConditionModel) -> UNet3DConditionModel:
+    """The same function, with attention around the middle that still adds nothing; a U-Net that has it as it is."""
+    config = unet.config
+    wider = make_unet(tuple(config.block_out_channels), config.attention_head_dim)
+    missing, unknown = wider.load_state_dict(unet.state_dict(), strict=False)
+    if unknown or any("attentions" not in name for name in missing):
+        raise ValueError(
+            f"expected a U-Net as `make_unet` makes them; found others' layers: {[*unknown, *missing][:3]}"
+        )
+    for name in missing:
+        if ".proj_out." in name:
+            nn.init.zeros_(wider.get_parameter(name))
+    return wider
 
 
 def make_text_encoder() -> CLIPTextModel:
@@ -139,15 +157,17 @@ def faster(unet: UNet3DConditionModel) -> UNet3DConditionModel:
     """The same function, faster on a CPU, and for one frame without the temporal layers: for training only.
 
     A (3, 1, 1) convolution over time becomes a 2-D one over (time, pixels); attention over a few frames is written as
-    batched products; dropout is off. Methods of the instance are replaced, never a class.
+    batched products; attention over space stays in float32 under autocast, where bfloat16 takes three times as long;
+    dropout is off. Methods of the instance are replaced, never a class.
     """
     for name, module in unet.named_modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         if isinstance(module, nn.Conv3d):
             module.forward = types.MethodType(_temporal_convolution, module)
-        if hasattr(module, "set_processor") and ("temp" in name or "transformer_in" in name):
-            module.set_processor(_ShortAttention())
+        if hasattr(module, "set_processor"):
+            over_time = "temp" in name or "transformer_in" in name
+            module.set_processor(_ShortAttention() if over_time else _SpatialAttention())
         if isinstance(module, TemporalConvLayer):
             module.forward = _unless_one_frame(module.forward)
         if isinstance(module, TransformerTemporalModel):
@@ -173,13 +193,24 @@ class _ShortAttention:
     """Attention over sequences of a few tokens as two batched products."""
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None, **options):
-        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        heads = attn.heads
-
-        def split(x: Tensor) -> Tensor:
-            return x.unflatten(-1, (heads, -1)).transpose(1, 2).flatten(0, 1)
-
-        q, k, v = split(attn.to_q(hidden_states)), split(attn.to_k(context)), split(attn.to_v(context))
+        q, k, v = (x.flatten(0, 1) for x in _heads(attn, hidden_states, encoder_hidden_states))
         weights = torch.bmm(q * attn.scale, k.mT).softmax(-1)
-        out = torch.bmm(weights, v).unflatten(0, (-1, heads)).transpose(1, 2).flatten(2)
+        out = torch.bmm(weights, v).unflatten(0, (-1, attn.heads)).transpose(1, 2).flatten(2)
         return attn.to_out[0](out)
+
+
+class _SpatialAttention:
+    """torch's attention, in float32."""
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None, **options):
+        q, k, v = (x.float() for x in _heads(attn, hidden_states, encoder_hidden_states))
+        with torch.autocast(q.device.type, enabled=False):
+            out = nn.functional.scaled_dot_product_attention(q, k, v)
+        return attn.to_out[0](out.transpose(1, 2).flatten(2))
+
+
+def _heads(attn, hidden_states: Tensor, context: Tensor | None) -> list[Tensor]:
+    """Queries, keys and values (B, heads, N, C)."""
+    context = hidden_states if context is None else context
+    projected = attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)
+    return [x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in projected]

@@ -50,6 +50,7 @@ from spacetime_edit.tools.train_tiny.parts import (
     read_text_encoder,
     read_unet,
     read_vae,
+    with_coarse_attention,
 )
 
 AVERAGE = 0.997
@@ -110,7 +111,7 @@ def squared_errors(model: nn.ModuleDict, batch: Batch, t: Tensor, noise: Tensor,
     alpha = alphas[t].view(-1, 1, 1, 1, 1)
     a, s = alpha.sqrt(), (1 - alpha).sqrt()
     text = encode_text(model["text"], batch.captions)
-    velocity = model["unet"](a * batch.latents + s * noise, t, text, return_dict=False)[0]
+    velocity = model["unet"](a * batch.latents + s * noise, t, text, return_dict=False)[0].float()
     return (velocity - a * noise + s * batch.latents).square()
 
 
@@ -215,7 +216,8 @@ def train(rank: int, arguments: argparse.Namespace, meeting: str) -> None:
         batch = make_batch(generator, vae, clips, frames)
         captions = ["" if generator.random() < EMPTY_SHARE else caption for caption in batch.captions]
         t, noise = weighting.draw(clips), torch.randn_like(batch.latents)
-        errors = squared_errors(model, Batch(captions, batch.latents, batch.masks), t, noise, weighting.alphas)
+        with torch.autocast("cpu", torch.bfloat16, enabled=arguments.bf16):
+            errors = squared_errors(model, Batch(captions, batch.latents, batch.masks), t, noise, weighting.alphas)
         on_objects = arguments.object_weight * weighting.alphas[t].view(-1, 1, 1, 1, 1)
         weight = weighting.loss[t].view(-1, 1, 1, 1, 1) * (1 + on_objects * batch.masks)
         for parameter in parameters:
@@ -249,7 +251,7 @@ def copy_into(parameters: list[nn.Parameter], values: list[Tensor]) -> None:
 def make_model(arguments: argparse.Namespace) -> tuple[nn.ModuleDict, dict]:
     """The U-Net and the text encoder, and the configuration that their checkpoints name."""
     if arguments.init:
-        unet = read_unet(arguments.init)
+        unet = with_coarse_attention(read_unet(arguments.init))
         text = read_text_encoder(arguments.init)
     else:
         unet, text = make_unet(tuple(arguments.channels)), make_text_encoder()
@@ -257,6 +259,7 @@ def make_model(arguments: argparse.Namespace) -> tuple[nn.ModuleDict, dict]:
     configuration = {
         "channels": list(unet.config.block_out_channels),
         "head": unet.config.attention_head_dim,
+        "blocks": list(unet.config.down_block_types),
         "words": text.config.vocab_size,
         "init": arguments.init,
         "schedule": SCHEDULE,
@@ -273,6 +276,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=100.0, help="of all calls together")
     parser.add_argument("--processes", type=int, default=1, help="each with its own batch; gradients are averaged")
     parser.add_argument("--threads", type=int, default=1, help="of each process")
+    parser.add_argument("--bf16", action="store_true", help="products in bfloat16: faster where the processor has them")
     parser.add_argument("--clips", type=int, default=6, help="a step and process, of 8 frames; half as many of 16")
     parser.add_argument("--images", type=int, default=32, help="an image step and process")
     parser.add_argument("--image-every", type=int, default=4, help="every so many steps is one of images")
