@@ -151,20 +151,25 @@ def size_term(tokens: Tensor, over: Over = "clip", *, covered_twice: bool = Fals
 # --- words --------------------------------------------------------------
 
 
-def phrase_positions(prompt: Sequence[object], phrase: Sequence[object], occurrence: int = ONLY) -> list[int]:
+def phrase_positions(
+    prompt: Sequence[object],
+    phrase: Sequence[object],
+    occurrence: int = ONLY,
+    spellings: Sequence[Sequence[object]] = (),
+) -> list[int]:
     """Where the tokens of a phrase stand in a prompt; both hold token numbers, None where there is no word.
 
-    A phrase may run over such places, for example from one chunk of 77 tokens to the next. Raises PhraseError where
-    there is no such occurrence, or more than one and none is chosen.
+    spellings: other tokens that the same phrase may have there. A phrase may run over places without a word, for
+    example from one chunk of 77 tokens to the next. Raises PhraseError where there is no such occurrence, or more than
+    one and none is chosen.
     """
-    words = [(place, token) for place, token in enumerate(prompt) if token is not None]
-    wanted = [token for token in phrase if token is not None]
-    starts = range(len(words) - len(wanted) + 1) if wanted else ()
-    found = [
-        [place for place, _ in words[start : start + len(wanted)]]
-        for start in starts
-        if all(_same(words[start + i][1], token) for i, token in enumerate(wanted))
-    ]
+    places = [place for place, token in enumerate(prompt) if token is not None]
+    words = [prompt[place] for place in places]
+    found = []
+    for start in range(len(words)):
+        lengths = [_length_at(words[start:], spelling) for spelling in (phrase, *spellings)]
+        if length := max(lengths):
+            found.append(places[start : start + length])
     if not found:
         raise PhraseError("it is not there")
     if occurrence == EVERY:
@@ -174,6 +179,13 @@ def phrase_positions(prompt: Sequence[object], phrase: Sequence[object], occurre
     if occurrence > len(found):
         raise PhraseError(f"it is there {len(found)} times, and occurrence {occurrence} is asked for")
     return found[max(occurrence, 1) - 1]
+
+
+def _length_at(words: Sequence[object], phrase: Sequence[object]) -> int:
+    """How many of the first words are the phrase's: all of its own, or 0."""
+    wanted = [token for token in phrase if token is not None]
+    same = len(words) >= len(wanted) and all(map(_same, words, wanted))
+    return len(wanted) if same else 0
 
 
 def _same(a: object, b: object) -> bool:

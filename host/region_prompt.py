@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice, takewhile
 from typing import Literal
 
 from torch import Tensor
@@ -35,8 +36,9 @@ def positions_in(layout: Layout, phrase: str) -> list[int]:
 
 
 def _positions(words: Sequence, prompt: str, phrase: str, tokenize: Callable, occurrence: int) -> list[int]:
+    spellings = [tokenize(space + text) for text in (phrase, phrase[:1].swapcase() + phrase[1:]) for space in ("", " ")]
     try:
-        return phrase_positions(words, tokenize(phrase), occurrence)
+        return phrase_positions(words, spellings[0], occurrence, spellings[1:])
     except PhraseError as error:
         raise ValueError(
             f"phrase {phrase!r} in the prompt {prompt!r}: {error}; write it into the prompt word for word, or "
@@ -51,34 +53,62 @@ def encode_regional_prompt(clip, prompt: str, regions: Sequence[Region], mode: M
     knows nothing of the others. Raises ValueError naming phrase and prompt where a phrase is not in the prompt, or
     more than once and no occurrence is chosen.
     """
+    around = _tokens(clip, "")
 
     def tokenize(text: str) -> list[object]:
-        return _words(clip.tokenize(text, return_word_ids=True))
+        return _without_template(_tokens(clip, text), around)
 
     words = tokenize(prompt)
+    conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(prompt))
+    length = conditioning[0][0].shape[1]
+    templated = any(token is not None for token in around)
+    if templated and splice:
+        raise ValueError(
+            "splice: this text encoder is a language model, in which a phrase alone is not what it is in a prompt; "
+            "switch splice off and choose mode paper"
+        )
+    if length > len(words) or (length < len(words) and not templated):
+        raise ValueError(
+            f"clip: it turns {len(words)} text tokens into {length} vectors, so the place of a phrase is not known; "
+            f"use the text encoder of the model"
+        )
+    words = words[len(words) - length :]  # what the host cuts off is the beginning of a template
     positions = [
         tuple(_positions(words, prompt, region.phrase, tokenize, region.occurrence)) if region.phrase.strip() else ()
         for region in regions
     ]
-    conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(prompt))
-    for embedding, _ in conditioning:
-        if embedding.shape[1] != len(words):
-            raise ValueError(
-                f"clip: it turns {len(words)} text tokens into {embedding.shape[1]} vectors, so the place of a phrase "
-                f"is not known; regions need a CLIP text encoder"
-            )
     if splice:
         conditioning = _spliced(clip, conditioning, regions, positions)
-    return conditioning, Layout(prompt, tuple(regions), tuple(positions), len(words), mode, tuple(words), tokenize)
+    return conditioning, Layout(prompt, tuple(regions), tuple(positions), length, mode, tuple(words), tokenize)
 
 
-def _words(tokens: dict) -> list[object]:
-    """The tokens of all chunks in a row, None where there is no word."""
-    by_encoder = list(tokens.values())
-    chunks = by_encoder[0]
-    if any([len(c) for c in other] != [len(c) for c in chunks] for other in by_encoder[1:]):
-        raise ValueError("clip: its text encoders cut a prompt in different ways; regions need CLIP text encoders only")
-    return [token[0] if token[2] != 0 else None for chunk in chunks for token in chunk]
+CLIP_ENCODERS = ("l", "g", "h")
+
+
+def _tokens(clip, text: str) -> list[object]:
+    """The tokens of all chunks in a row, None where there is no word, of the encoder whose vectors attention reads."""
+    by_encoder = clip.tokenize(text, return_word_ids=True)
+    others = [tokens for name, tokens in by_encoder.items() if name not in CLIP_ENCODERS]
+    read = others or list(by_encoder.values())  # beside another encoder CLIP only gives one vector of the whole prompt
+    if any([len(c) for c in tokens] != [len(c) for c in read[0]] for tokens in read[1:]):
+        raise ValueError(
+            "clip: its text encoders cut a prompt in different ways, so the place of a phrase is not known"
+        )
+    return [token[0] if token[2] != 0 else None for chunk in read[0] for token in chunk]
+
+
+def _without_template(tokens: Sequence[object], around: Sequence[object]) -> list[object]:
+    """None for what stands around every prompt; around: the tokens of an empty one."""
+    longest = min(len(tokens), len(around))
+    before = _shared(tokens, around, longest)
+    after = _shared(tokens[::-1], around[::-1], longest - before)
+    return [None] * before + list(tokens[before : len(tokens) - after]) + [None] * after
+
+
+def _shared(a: Sequence[object], b: Sequence[object], longest: int) -> int:
+    """How many of the first tokens are the same."""
+    equal = (not isinstance(x, Tensor) and not isinstance(y, Tensor) and x == y for x, y in zip(a, b, strict=False))
+    return sum(1 for _ in takewhile(bool, islice(equal, longest)))
 
 
 def _spliced(clip, conditioning: list, regions: Sequence[Region], positions: Sequence[Sequence[int]]) -> list:
@@ -87,8 +117,7 @@ def _spliced(clip, conditioning: list, regions: Sequence[Region], positions: Seq
     for region, places in zip(regions, positions, strict=True):
         if not places:
             continue
-        tokens = clip.tokenize(region.phrase, return_word_ids=True)
-        own = [i for i, word in enumerate(_words(tokens)) if word is not None]
+        own = [i for i, word in enumerate(_tokens(clip, region.phrase)) if word is not None]
         embedding = clip.encode_from_tokens_scheduled(clip.tokenize(region.phrase))[0][0]
         for start in range(0, len(places), len(own)):  # every occurrence
             for place, place_alone in zip(places[start:], own, strict=False):

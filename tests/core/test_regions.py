@@ -161,6 +161,13 @@ def test_overlapping_occurrences_are_counted():
     assert phrase_positions([RED, RED, RED], [RED, RED], 2) == [1, 2]
 
 
+def test_a_phrase_may_have_several_spellings():
+    assert phrase_positions(PROMPT, [CIRCLE, RED], 1, [[None, GREEN, CIRCLE]]) == [6, 7]
+    assert phrase_positions(PROMPT, [GREEN, CIRCLE], EVERY, [[A, RED], []]) == [1, 2, 6, 7, 10, 11]
+    with pytest.raises(PhraseError, match="there 2 times, and no occurrence"):
+        phrase_positions(PROMPT, [GREEN, AND], spellings=[[A, RED]])
+
+
 def test_table_of_tokens():
     table = token_regions([[1, 2], [], [5]], 7)
     assert table.shape == (7, 3) and table.nonzero().tolist() == [[1, 0], [2, 0], [5, 2]]

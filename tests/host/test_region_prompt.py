@@ -1,0 +1,110 @@
+"""Phrases in the prompts of text encoders other than CLIP: the host's own tokenizers, encoders without weights."""
+
+from pathlib import Path
+
+import comfy.text_encoders
+import pytest
+import torch
+from comfy.text_encoders.hunyuan_video import HunyuanVideoClipModel, HunyuanVideoTokenizer
+from comfy.text_encoders.kandinsky5 import Kandinsky5TEModel, Kandinsky5Tokenizer
+from spacetime_edit.core.regions import EVERY, Region
+from spacetime_edit.host.region_prompt import encode_regional_prompt, positions_in
+from transformers import PreTrainedTokenizerFast
+
+LLAMA = Path(comfy.text_encoders.hunyuan_video.__file__).parent / "llama_tokenizer"
+
+
+class Numbers(torch.nn.Module):
+    """Instead of an encoder: each token's own number as its vector."""
+
+    def encode_token_weights(self, chunks):
+        vectors = torch.tensor([[[float(token[0])] for token in chunk] for chunk in chunks])
+        return vectors, None, {"attention_mask": torch.ones(vectors.shape[:2])}
+
+
+class Pooled(torch.nn.Module):
+    def encode_token_weights(self, chunks):
+        return None, None
+
+
+class Clip:
+    """The host's CLIP, as far as a prompt needs one."""
+
+    def __init__(self, tokenizer, encoder):
+        self.tokenizer, self.encoder = tokenizer, encoder
+
+    def tokenize(self, text, return_word_ids=False):
+        return self.tokenizer.tokenize_with_weights(text, return_word_ids)
+
+    def encode_from_tokens_scheduled(self, tokens):
+        return [[self.encoder(tokens)[0], {}]]
+
+
+def hunyuan_video():
+    model = torch.nn.Module()
+    model.llama, model.clip_l = Numbers(), Pooled()
+    tokenizer = HunyuanVideoTokenizer()
+    # transformers 5 reads the file by the rules of LLaMA 2, which drop spaces; this is what the file says
+    tokenizer.llama.tokenizer = PreTrainedTokenizerFast.from_pretrained(LLAMA)
+    return Clip(tokenizer, lambda tokens: HunyuanVideoClipModel.encode_token_weights(model, tokens))
+
+
+def kandinsky():
+    model = Kandinsky5TEModel.__new__(Kandinsky5TEModel)
+    torch.nn.Module.__init__(model)
+    model.clip_name, model.clip, model.qwen25_7b, model.clip_l = "qwen25_7b", "qwen25_7b", Numbers(), Pooled()
+    return Clip(Kandinsky5Tokenizer(), model.encode_token_weights)
+
+
+ENCODERS = {"HunyuanVideo": hunyuan_video, "Kandinsky 5": kandinsky}
+MASK = torch.ones(1, 8, 8)
+
+
+@pytest.fixture(scope="module", params=ENCODERS)
+def clip(request):
+    return ENCODERS[request.param]()
+
+
+def shown(clip, conditioning, places):
+    """The text whose vectors stand at these places."""
+    tokenizer = clip.tokenizer.llama if hasattr(clip.tokenizer, "llama") else clip.tokenizer.qwen25_7b
+    return tokenizer.tokenizer.decode(conditioning[0][0][0, list(places), 0].long().tolist()).strip()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "phrase"),
+    [
+        ("a red circle beside a green square, on gray", "red circle"),
+        ("a red circle beside a green square, on gray", "green square"),
+        ("Red circles everywhere", "red circles"),
+        ("red", "red"),
+        ("(a swan:1.2) on a lake " + "of very clear water " * 30 + "and an old boat", "an old boat"),
+    ],
+)
+def test_the_vectors_of_a_phrase_are_its_words(clip, prompt, phrase):
+    conditioning, layout = encode_regional_prompt(clip, prompt, [Region(phrase, MASK)])
+    assert layout.length == len(layout.words) == conditioning[0][0].shape[1]
+    assert shown(clip, conditioning, layout.positions[0]).lower() == phrase
+    assert positions_in(layout, phrase) == list(layout.positions[0])
+
+
+def test_every_place_of_a_phrase_counts(clip):
+    prompt = "boat and boat, a Boat"
+    conditioning, layout = encode_regional_prompt(clip, prompt, [Region("boat", MASK, EVERY)])
+    assert shown(clip, conditioning, layout.positions[0]).lower() == "boat boat boat"
+
+
+def test_words_of_the_template_are_no_words_of_the_prompt(clip):
+    with pytest.raises(ValueError, match="phrase 'user' in the prompt 'a boat': it is not there"):
+        encode_regional_prompt(clip, "a boat", [Region("user", MASK)])
+
+
+def test_a_prompt_without_regions_is_plain(clip):
+    conditioning, layout = encode_regional_prompt(clip, "a boat", [])
+    assert torch.equal(conditioning[0][0], clip.encode_from_tokens_scheduled(clip.tokenize("a boat"))[0][0])
+    assert layout.positions == ()
+
+
+def test_phrases_by_themselves_are_refused(clip):
+    with pytest.raises(ValueError, match="splice: .*language model.*mode paper"):
+        encode_regional_prompt(clip, "a boat", [Region("boat", MASK)], splice=True)
