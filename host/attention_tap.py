@@ -21,6 +21,7 @@ from .animatediff import bridged, window_of
 from .families import IN_SPACE, Ends, Kind, Layer, attention_layers, family_of, patch_size
 
 KEY = "spacetime_edit_tap"
+ONE_GPU = "model: editing runs on one GPU; remove the multi-GPU node from this model"
 INFLATION = "spacetime_edit_inflation"
 """Key of the `Inflation` in the transformer_options of a model whose spatial attention spans frames."""
 
@@ -135,8 +136,11 @@ class AttentionCall:
 
     @property
     def level(self) -> int:
-        """How much coarser than the latent the layer's grid is: 1, 2, 4, ..."""
-        return -(-self.run.size[0] // self.grid[1])
+        """How much coarser than the latent the layer's grid is: 1, 2, 4, ..., each a side halved, rounding up."""
+        height, level = self.run.size[0], 1
+        while height > self.grid[1]:
+            height, level = (height + 1) // 2, 2 * level
+        return level
 
     @property
     def at_latent_resolution(self) -> bool:
@@ -242,6 +246,8 @@ class AttentionTap:
     def _track(self, executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **kw):
         """APPLY_MODEL wrapper: follows the run of the model."""
         options = transformer_options or {}
+        if "multigpu_thread_device" in options:  # threads would share this tap's account of the run
+            raise ValueError(ONE_GPU)
         with self._following(self._describe_run(executor.class_obj, x, t, options, kw)):
             return executor(x, t, c_concat, c_crossattn, control, options, **kw)
 
@@ -254,8 +260,8 @@ class AttentionTap:
         patch, before = patch_size(network) if family.patched else None, 0
         if patch is not None:
             indices = _token_frames(indices, patch[0])
-        if family.references and given.get(family.references) is not None:
-            height, width = given[family.references].shape[-2:]
+        if (reads := family.references) and given.get(reads[0]) is not None and getattr(network, reads[1], None):
+            height, width = given[reads[0]].shape[-2:]
             before = (height // patch[1]) * (width // patch[2])
         return _Run(
             base_model,
@@ -313,7 +319,8 @@ class AttentionTap:
     def _attention(self, previous, func, *args, **kwargs):
         if self._differentiable:
             func = _differentiable_attention()
-        proceed = func if previous is None else lambda *a, **k: previous(func, *a, **k)
+            kwargs["low_precision_attention"] = False  # what has no gradient, as packs with 8-bit kernels know it
+        proceed = func if previous is None else lambda *a, **k: _checked(previous(func, *a, **k), a[0])
         if self._run is None or not self._stack:
             return proceed(*args, **kwargs)
         entered = self._stack[-1]
@@ -396,13 +403,19 @@ def _grid(layer: Layer, rows: int, tokens: int, run: _Run) -> tuple[int, int, in
     if run.patch is not None:
         grid = len(run.frames), -(-height // run.patch[1]), -(-width // run.patch[2])
         if prod(grid) > tokens:
-            raise ValueError(f"{layer.path}: {tokens} tokens are fewer than the {prod(grid)} of a clip of {grid}")
+            raise ValueError(
+                f"model: {layer.path} sees {tokens} tokens, fewer than the {prod(grid)} of a clip of {grid}; remove "
+                f"guide frames of LTX-Video from the conditioning, or a node that merges tokens"
+            )
         return grid
     tokens = rows // len(run.prompts) if layer.kind == "temporal" else tokens
     while height * width > tokens:
         height, width = (height + 1) // 2, (width + 1) // 2
     if height * width != tokens:
-        raise ValueError(f"attention with {tokens} tokens does not fit a latent of {run.size[0]} x {run.size[1]}")
+        raise ValueError(
+            f"model: attention with {tokens} tokens does not fit a latent of {run.size[0]} x {run.size[1]}; remove a "
+            f"node that merges tokens"
+        )
     return len(run.frames), height, width
 
 
@@ -423,6 +436,16 @@ def _attend(proceed: Callable, kwargs: dict, query: Tensor, key: Tensor, value: 
     options = {"mask": attn_mask, "skip_reshape": True, "scale": scale, "low_precision_attention": False}
     heads = query.shape[1]
     return proceed(query, key, value, heads, **passed | options).unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def _checked(output: Tensor, query: Tensor) -> Tensor:
+    """What another pack's attention gives; ValueError where it has cut the graph, whose gradient would be wrong."""
+    if torch.is_grad_enabled() and query.requires_grad and not output.requires_grad:
+        raise ValueError(
+            "model: another pack has put an attention into it that gives no gradient (as Sage attention); remove that "
+            "node before the edit"
+        )
+    return output
 
 
 def _differentiable_attention():

@@ -7,7 +7,8 @@ the block through them (decision D9).
 
 import contextlib
 import re
-from collections.abc import Sequence
+import weakref
+from collections.abc import MutableSet, Sequence
 
 import torch
 from torch import Tensor
@@ -26,24 +27,27 @@ def checkpointed(network: torch.nn.Module, family: Family, tap: AttentionTap, re
     tap: the one installed in the run; recorder: its listener. Taps of patches modulate again what they modulated.
     Restored on exit. A block whose forward another pack has replaced is left alone.
     """
-    replaced = []
+    replaced, made = [], weakref.WeakSet()
     for path, module in network.named_modules():
         is_block = re.fullmatch(family.blocks, path) and any(module.children())
         if is_block and "forward" not in module.__dict__:
-            module.forward = _checkpointed(path, module.forward, family.mutates, tap, recorder)
+            module.forward = _checkpointed(path, module.forward, family.mutates, tap, recorder, made)
             replaced.append(module)
     try:
         yield
     finally:
         for module in replaced:
             del module.__dict__["forward"]
+        for block in made:
+            block.let_go()
 
 
-def _checkpointed(path: str, original, mutates: bool, tap: AttentionTap, recorder: FeatureRecorder):
+def _checkpointed(path: str, original, mutates: bool, tap: AttentionTap, recorder: FeatureRecorder, made: MutableSet):
     def forward(*args, **kwargs):
         if not torch.is_grad_enabled():
             return original(*args, **kwargs)
         block = _Block(path, original, args, kwargs, mutates, tap, recorder)
+        made.add(block)
         return block() if block.inputs else original(*args, **kwargs)
 
     return forward
@@ -98,6 +102,10 @@ class _Block:
             return *outputs, *(recorder.tensors[name] for name in self._names)
         finally:
             recorder.tensors = held
+
+    def let_go(self) -> None:
+        """Of all it holds: what was recorded holds the block through autograd, a circle that no collector sees."""
+        vars(self).clear()
 
     def _outputs(self, inputs: Sequence[Tensor], values: list) -> list:
         values = [_copied(v) for v in values] if self._mutates else list(values)

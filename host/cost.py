@@ -111,7 +111,7 @@ def _probe(model, positive, latent: Tensor, sigmas: Tensor) -> Trajectory:
     middle = max(0, min(len(sigmas) // 2, len(sigmas) - 1 - PROBE_STEPS))
     sigmas = torch.cat([sigmas[middle : middle + PROBE_STEPS], sigmas.new_zeros(1)])
     space, clean = noise_space(model), model.model.process_latent_in(latent)
-    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0)).to(clean)
     latents = torch.stack([add_noise(clean, noise, sigma, space) for sigma in sigmas])
     return Trajectory(latents, sigmas, space, model, positive)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..core.distillation import Look, Progress, distill
 from ..core.relevance import matching_loss
 from ..core.self_similarity import spatial_self_similarity_loss, temporal_self_similarity_loss
-from .attention_tap import AttentionCall, AttentionTap, Listener
+from .attention_tap import ONE_GPU, AttentionCall, AttentionTap, Listener
 from .checkpointing import checkpointed
 from .conditioning import check_picture
 from .families import IN_SPACE, attention_layers, family_of, noise_space, select_blocks
@@ -66,6 +66,24 @@ class Distillation:
         check_times(self.t_range)
         if not self.cfg >= 0:
             raise ValueError(f"cfg: it is {self.cfg}; expected a number of at least 0")
+
+
+def check_whole(cond: list, name: str) -> None:
+    """ValueError for CONDITIONING that is not one prompt for the whole frame at every noise level: of others a step
+    would see a part."""
+    if len(cond) > 1:
+        raise ValueError(
+            f"{name}: it holds {len(cond)} prompts, and Video DDS takes one; remove Conditioning (Combine), and for "
+            f"several regions use ST-Layout Attention Patch"
+        )
+    everywhere = {"mask": None, "area": None, "start_percent": 0.0, "end_percent": 1.0}
+    limits = [key for key, whole in everywhere.items() if cond[0][1].get(key, whole) not in (None, whole)]
+    if limits:
+        raise ValueError(
+            f"{name}: it holds for a part only ({', '.join(limits)}), and Video DDS takes a prompt for the whole frame "
+            f"and all noise levels; remove Conditioning (Set Mask), (Set Area) or ConditioningSetTimestepRange, and "
+            f"connect a mask to this node instead"
+        )
 
 
 def check_times(t_range: tuple[float, float]) -> None:
@@ -246,8 +264,8 @@ class _Looks:
             loss, slope = self._motion(target, source, sigma)
             found.losses[MOTION] = loss
             found.add(MOTION, slope, scales)
-        denoised = self._guided(named(TARGET), target, sigma)
-        of_source = self._guided(named(SOURCE), source, sigma) if self._settings.delta else None
+        denoised = self._guided(named(TARGET), "positive", target, sigma)
+        of_source = self._guided(named(SOURCE), SOURCE_POSITIVE, source, sigma) if self._settings.delta else None
         return Look(denoised, of_source, found.losses, found.slopes, found.pull)
 
     def _of_view(self, view: View, target: Tensor, source: Tensor, sigma: Tensor, scales) -> dict[str, Tensor | float]:
@@ -389,11 +407,19 @@ class _Looks:
             self._low_memory = True
         return seen
 
-    def _guided(self, seen: Mapping[str, Tensor], x: Tensor, sigma: Tensor) -> Tensor:
-        sigmas, options = sigma * x.new_ones(x.shape[0]), self._options
-        text, negative = seen["text"], seen["negative"]
+    def _guided(self, seen: Mapping[str, Tensor], prompt: str, x: Tensor, sigma: Tensor) -> Tensor:
+        """By the host's guidance, and by what other packs have put into it, which may call the model again."""
+        conds = self._guider.conds
         return comfy.samplers.cfg_function(
-            self._guider.inner_model, text, negative, self._settings.cfg, x, sigmas, model_options=options
+            self._guider.inner_model,
+            seen["text"],
+            seen["negative"],
+            self._settings.cfg,
+            x,
+            sigma * x.new_ones(x.shape[0]),
+            model_options=self._options,
+            cond=conds[prompt],
+            uncond=conds["negative"],
         )
 
 
@@ -422,9 +448,10 @@ def optimise(
         if not cond:
             raise ValueError(f"{name}: it holds no prompt; connect a CLIP Text Encode")
         check_picture(model, (about for _, about in cond), name)
+        check_whole(cond, name)
     check_handler(model.model_options)
-    if "multigpu_clones" in model.model_options:
-        raise ValueError("model: editing runs on one GPU; remove the multi-GPU node from this model")
+    if model.get_additional_models_with_key("multigpu"):
+        raise ValueError(ONE_GPU)
     if settings.weights.get(RELEVANCE) and (lacking := lacks_for_relevance(model)):
         raise ValueError(
             f"relevance: {family_of(model).name} has no {lacking}, which the STR score is built from; set it to 0"

@@ -53,7 +53,7 @@ class Family:
     patched: Ends | None = None
     score_blocks: str = ""
     pictures: str = ""
-    references: str = ""
+    references: tuple[str, str] | None = None
     crops_text: bool = False
     unseen: float = 1.0
     injected: tuple[str, str] | None = None
@@ -166,7 +166,7 @@ FAMILIES = (
         ),
         blocks=r"blocks\.\d+",
         pictures="img_emb",
-        references="reference_latent",
+        references=("reference_latent", "ref_conv"),
         unseen=1.1,
         **FOUR_IN_ONE,
     ),
@@ -369,7 +369,9 @@ def select_blocks(selection: str, blocks: Iterable[str]) -> frozenset[str]:
     for item, names in named.items():
         if missing := names - known:
             asked, there = ", ".join(sorted(missing)), ", ".join(sorted(known))
-            raise ValueError(f"layers: {item!r} asks for {asked}; this model has {there} (empty: all but the finest)")
+            raise ValueError(
+                f"layers: {item!r} asks for {asked}; this model has {there} (empty: the node's own choice)"
+            )
     return frozenset().union(*named.values())
 
 

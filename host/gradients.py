@@ -6,7 +6,8 @@ again in the backward pass, as the host fetches it in the forward pass.
 """
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -21,11 +22,12 @@ FUSED_KERNELS = (
 
 
 @contextlib.contextmanager
-def differentiable(base_model, *, mutates: bool = False):
+def differentiable(base_model, *, mutates: bool = False, beside: Iterable[torch.nn.Module] = ()):
     """Within, calls of `base_model` (the host's BaseModel) build a graph from their latent; restored on exit.
 
     Leaves inference mode, trades fused kernels without a backward for plain ones, and keeps weights out of the graph.
-    mutates: the family's blocks change their activations in place, so autograd must keep copies (slower).
+    mutates: the family's blocks change their activations in place, so autograd must keep copies (slower). beside:
+    networks that run beside the model's, as ControlNets.
     """
     import comfy.model_management as management
 
@@ -35,7 +37,7 @@ def differentiable(base_model, *, mutates: bool = False):
         torch.enable_grad(),
         _plain_kernels(),
         torch.autograd.graph.allow_mutation_on_saved_tensors() if mutates else contextlib.nullcontext(),
-        _weight_free_layers(base_model.diffusion_model),
+        _weight_free_layers(chain(base_model.diffusion_model.modules(), *(n.modules() for n in beside))),
         NormalTensors(),
     ):
         management.in_training = True
@@ -79,7 +81,7 @@ def latent_gradients(
     gradients out of underflow and is divided out. mutates: see `differentiable`.
     """
     found = {}
-    with differentiable(base_model, mutates=mutates):
+    with differentiable(base_model, mutates=mutates, beside=_control_networks(cond)):
         x = latent.clone().requires_grad_()
         sigmas = sigma.clone() * torch.ones(x.shape[0], device=x.device)
         values = losses(until_enough_seen(lambda: predict(base_model, x, sigmas, _normal_cond(cond), model_options)))
@@ -100,6 +102,16 @@ def normal_tensor(tensor: Tensor) -> Tensor:
     """A copy that autograd may save, of a tensor made under inference mode."""
     with torch.inference_mode(False):
         return tensor.clone()
+
+
+def _control_networks(cond: dict) -> Iterator[torch.nn.Module]:
+    """Of the ControlNets of one processed conditioning."""
+    control = cond.get("control")
+    while control is not None:
+        network = getattr(control, "control_model", None)
+        if isinstance(network, torch.nn.Module):
+            yield network
+        control = control.previous_controlnet
 
 
 def _normal_cond(cond: dict) -> dict:
@@ -149,14 +161,14 @@ def _normal(value):
 
 
 @contextlib.contextmanager
-def _weight_free_layers(network: torch.nn.Module):
-    """No layer of `network` saves one of the host's weight buffers for its backward while this is open.
+def _weight_free_layers(modules: Iterable[torch.nn.Module]):
+    """None of the layers saves one of the host's weight buffers for its backward while this is open.
 
     Linear layers and convolutions fetch their weight again, norms keep a copy of theirs. A layer whose forward another
     pack has replaced is left to autograd.
     """
     replaced = []
-    for module in network.modules():
+    for module in modules:
         if "forward" in module.__dict__:
             continue
         if _is_linear(module) or _is_convolution(module):
@@ -200,6 +212,11 @@ def _cast_weights(module, like: Tensor):
     """(weight, bias) as the host hands them to this layer's operation, in the dtype and on the device of `like`."""
     import comfy.ops
 
+    if hasattr(module, "cast_bias_weight"):  # as layers of ComfyUI-GGUF have it
+        with torch.inference_mode():
+            weight, bias = module.cast_bias_weight(like.detach())
+        yield weight, bias
+        return
     if not hasattr(module, "weight_function"):
         yield module.weight, module.bias
         return
@@ -259,6 +276,13 @@ def _input_gradient(module, grad: Tensor, shape) -> Tensor:
     comfy.model_management.throw_exception_if_processing_interrupted()
     with _cast_weights(module, grad) as (weight, _):
         weight = weight.dequantize() if isinstance(weight, QuantizedTensor) else weight
+        inputs, outputs = (shape[-1], grad.shape[-1]) if _is_linear(module) else (shape[1], grad.shape[1])
+        expected = (outputs, inputs) if _is_linear(module) else (outputs, inputs // module.groups)
+        if not weight.is_floating_point() or weight.shape[:2] != expected:
+            raise ValueError(
+                f"model: its {type(module).__name__} layers keep weights in a form that gives no gradient "
+                f"({weight.dtype}, {tuple(weight.shape)}); load the model in bf16, fp16 or fp8"
+            )
         if _is_linear(module):
             return grad @ weight
         dims = len(module.stride)

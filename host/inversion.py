@@ -20,11 +20,12 @@ RF_SIGMA_MAX = 0.999
 class InversionSampler(comfy.samplers.Sampler):
     """DDIM inversion of `latent_image` over rising sigmas; keeps every latent in `latents`, clean one first.
 
-    begin: go on from this latent at the first sigma instead.
+    begin: go on from this latent at the first sigma instead. The latents are kept on the host's intermediate device.
     """
 
     def __init__(self, space: NoiseSpace, refinements: int, begin: Tensor | None = None):
         self.space, self.refinements, self.begin = space, refinements, begin
+        self.store = comfy.model_management.intermediate_device()
         self.latents: list[Tensor] = []
 
     def sample(
@@ -44,10 +45,10 @@ class InversionSampler(comfy.samplers.Sampler):
 
         extra_args["model_options"]["transformer_options"][SOURCE_RUN] = True
         x, last = latent_image if self.begin is None else self.begin.to(latent_image), len(sigmas) - 1
-        self.latents = [x]
+        self.latents = [x.to(self.store)]
         for k in range(last):
             x, denoised = ddim_inversion_step(x, denoise, sigmas[k], sigmas[k + 1], self.space, self.refinements)
-            self.latents.append(x)
+            self.latents.append(x.to(self.store))
             if callback is not None:
                 callback(k, denoised, x, last)
         return x
@@ -86,8 +87,7 @@ def invert(
     begin = None if before is None else before.latents[0]
     sampler = InversionSampler(space, refinements, begin)
     guider.sample(torch.zeros_like(latent), latent, sampler, sigmas.flip(0), callback=callback, seed=0)
-    store = comfy.model_management.intermediate_device()
-    latents = torch.stack(sampler.latents[::-1]).to(store)
+    latents = torch.stack(sampler.latents[::-1])
     part = {} if len(sigmas) == whole + 1 else {"whole": whole}
     part |= {} if before is None else {"z0": before.clean}
     return Trajectory(latents, sigmas.cpu(), space, model, positive, **part)

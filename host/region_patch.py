@@ -139,7 +139,11 @@ class RegionModulation:
         frames = self._places([row.frames for row in call.rows], call)
         size = size_term(tokens, "frame")
         strength = modulation_strength(1 - call.percent, size[frames].flatten(1), "cross") * rows[:, None]
-        return _Arguments(tokens[frames].flatten(1, 2)[..., : text.shape[1]], text, strength)
+        of_query = tokens[frames].flatten(1, 2)[..., : text.shape[1]]
+        if call.run.patch is not None:  # tokens of a reference picture see the prompt as without regions
+            before, _, after = call.parts(call.query)
+            of_query, strength = pad(of_query, (0, 0, before, after)), pad(strength, (before, after))
+        return _Arguments(of_query, text, strength)
 
     def _of_joint(self, call: AttentionCall) -> "_Arguments | None":
         """Queries and keys are the text's tokens and the clip's, of the positive prompt; text queries stay.
@@ -173,15 +177,15 @@ class RegionModulation:
 
     def _tokens(self, call: AttentionCall) -> Tensor:
         """(frames of the run, N, K) on the call's grid: memberships, the last of them the rest in mode "paper"."""
-        key = call.grid[1:], call.run.frames, call.query.device
+        key = call.grid[1:], call.run.frames
         if key not in self._tables:
             masks, grid = same_frames(self.layout.regions), (call.run.clip_frames, *call.grid[1:])
             if self.layout.mode == "paper":
                 table = membership(partition(masks), grid)
             else:
                 table = membership(masks, grid, "nearest")
-            self._tables[key] = table[list(call.run.frames)].to(call.query.device)
-        return self._tables[key]
+            self._tables[key] = table[list(call.run.frames)]
+        return self._tables[key].to(call.query.device)
 
     def _text(self, call: AttentionCall, keys: int) -> Tensor:
         """(keys, K): which of so many of the call's keys are words of a region; the host may repeat a prompt."""
@@ -211,8 +215,8 @@ class RegionModulation:
 def parse_levels(levels: str) -> frozenset[int] | None:
     """ "1,2,4" as numbers; "" is None. Raises ValueError for anything else."""
     parts = [part.strip() for part in levels.split(",") if part.strip()]
-    if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise ValueError(f"levels: {levels!r} is no list of numbers; write for example 2,4,8")
+    if not all(part.isdecimal() and int(part).bit_count() == 1 for part in parts):
+        raise ValueError(f"levels: {levels!r} is no list of 1, 2, 4, 8 and so on; write for example 2,4,8")
     return frozenset(map(int, parts)) or None
 
 

@@ -29,6 +29,7 @@ from ..core.parametrization import (
     noise_fraction,
 )
 from ..core.trajectory import Trajectory
+from .attention_tap import ONE_GPU
 from .conditioning import check_picture
 from .families import noise_space
 from .inflation import inflation_of
@@ -191,6 +192,8 @@ class TrajectorySampler(comfy.samplers.Sampler):
             )
         first = self._check(model_wrap, sigmas, noise, denoise_mask, extra_args["model_options"])
         grid = self._grid(denoise_mask)
+        if denoise_mask is not None:
+            _without_noise_mask(model_wrap, noise, latent_image, extra_args.get("seed"))
         after_step = self._after_step(grid)
         for function in self.before_step:
             getattr(function, "check", lambda _: None)(grid)
@@ -235,7 +238,7 @@ class TrajectorySampler(comfy.samplers.Sampler):
         if self.before_step:
             check_windows(model_options, self.trajectory.model.model_options)
         if "multigpu_clones" in model_options:
-            raise ValueError("model: editing runs on one GPU; remove the multi-GPU node from this model")
+            raise ValueError(ONE_GPU)
         return self.trajectory.offset_of(sigmas)
 
     def _grid(self, denoise_mask: Tensor | None) -> Tensor | None:
@@ -284,6 +287,21 @@ def grid_mask(mask: Tensor, trajectory: Trajectory, dilation: float) -> Tensor:
 def _frames_of(denoise_mask: Tensor) -> Tensor:
     """The host's noise mask, shaped like the latent, as (F, h, w)."""
     return denoise_mask[:, 0] if denoise_mask.ndim == 4 else denoise_mask[0, 0]
+
+
+def _without_noise_mask(guider, noise: Tensor, latent_image: Tensor | None, seed: int) -> None:
+    """Processes a run's conditioning once more, as for a latent without noise mask.
+
+    From one LTX-Video, Wan 2.2 5B and Cosmos Predict2 read which tokens are clean, models with pictures which frames
+    are known; in this loop none is before the last step.
+    """
+    for name, conds in guider.conds.items():
+        for cond in conds:
+            kept = {key: value for key, value in cond["model_conds"].items() if key not in ("denoise_mask", "c_concat")}
+            cond["model_conds"] = kept
+        comfy.samplers.encode_model_conds(
+            guider.inner_model.extra_conds, conds, noise, noise.device, name, latent_image=latent_image, seed=seed
+        )
 
 
 def _check_guider(guider, trajectory: Trajectory) -> None:

@@ -99,5 +99,5 @@ def share_inside(attention: Tensor, layout: Layout, words: str) -> float | None:
     if not masks:
         return None
     sized = [interpolate(m.float().reshape(1, -1, *m.shape[-2:]), attention.shape[1:])[0] for m in masks]
-    inside = torch.stack([m.expand_as(attention) for m in sized]).amax(0)
+    inside = torch.stack([m.expand_as(attention) for m in sized]).amax(0).to(attention)
     return float((attention * inside).sum() / attention.sum().clamp_min(torch.finfo(torch.float32).tiny))

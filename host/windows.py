@@ -4,6 +4,7 @@ Sampling in windows is the host's own. Here a gradient is taken window by window
 blended where windows overlap by the weights that the host blends predictions with.
 """
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,11 +21,13 @@ HANDLER = "context_handler"
 class View:
     """What a step function sees of a run: the whole clip, or of long ones the frames of a window.
 
-    handler, window: the host's; None: the whole clip.
+    handler, window: the host's; None: the whole clip. whole: the whole latent's shape; base_model: the host's.
     """
 
     handler: IndexListContextHandler | None = None
     window: IndexListContextWindow | None = None
+    whole: torch.Size = torch.Size()
+    base_model: object = None
 
     def of(self, latent: Tensor) -> Tensor:
         """The frames of a latent that it sees."""
@@ -52,16 +55,10 @@ class View:
             return cond
         if "control" in cond:
             raise ValueError("positive: in context windows no gradient can follow a ControlNet; remove one of them")
-        cut = {key: self._cut(key, value) for key, value in cond["model_conds"].items()}
-        return {**cond, "model_conds": cut}
-
-    def _cut(self, key: str, value):
-        if key == "num_video_frames":
-            return value._copy_with(len(self.window.index_list))
-        held, dim, frames = getattr(value, "cond", None), self.handler.dim, self.window.total_frames
-        if isinstance(held, Tensor) and held.ndim > dim and held.shape[dim] == frames:
-            return value._copy_with(self.window.get_tensor(held, held.device))
-        return value
+        handler = copy.copy(self.handler)
+        handler._model = self.base_model  # which the host sets as it samples
+        whole = torch.empty(self.whole, device="meta")
+        return handler.get_resized_cond([cond], whole, self.window, self.base_model.device)[0]
 
     @cached_property
     def weights(self) -> Tensor:
@@ -78,7 +75,8 @@ def views_of(latent: Tensor, sigma: Tensor, base_model, model_options: dict) -> 
     if handler is None or latent.shape[handler.dim] <= handler.context_length:
         return [View()]
     handler.set_step(sigma.reshape(1), model_options)
-    return [View(handler, window) for window in handler.get_context_windows(base_model, latent, model_options)]
+    windows = handler.get_context_windows(base_model, latent, model_options)
+    return [View(handler, window, latent.shape, base_model) for window in windows]
 
 
 def blended(

@@ -367,3 +367,12 @@ def test_spatial_layers_without_temporal_partner_are_listed(sd15):
     tapped(sd15, support.sd15_conditioning(), None, clip(), features)
     assert features.features == {}
     assert [path.split(".")[0] for path in features.unpaired] == ["input_blocks", "middle_block"]
+
+
+def test_levels_are_halvings_of_sides_of_any_size(tiny):
+    """9 rows, then 5, then 3: coarser by 1, 2, 4."""
+    calls = []
+    tap = AttentionTap(tiny.model, [calls.append])
+    clip = torch.randn(2, 4, 9, 9, generator=torch.Generator().manual_seed(0))
+    support.prediction(tiny.model, support.encode(tiny), clip, options=tap.install)
+    assert {(call.grid[1], call.level) for call in calls} == {(9, 1), (5, 2), (3, 4)}

@@ -211,3 +211,52 @@ def test_what_cannot_work_is_refused_before_the_run(tiny):
 
 def test_keys_are_those_of_the_way_up_where_none_are_named(tiny):
     assert key_blocks(tiny.model) == {"u0", "u1", "u2", "u3"} and key_blocks(tiny.model, "d0, u1") == {"d0", "u1"}
+
+
+# --- what it refuses, and who it asks -----------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda prompt: [*prompt, *prompt], "positive: it holds 2 prompts, and Video DDS takes one"),
+        (lambda prompt: [[prompt[0][0], {"mask": torch.ones(1, 8, 8)}]], r"holds for a part only \(mask\)"),
+        (lambda prompt: [[prompt[0][0], {"area": (4, 4, 0, 0)}]], r"holds for a part only \(area\)"),
+        (lambda prompt: [[prompt[0][0], {"start_percent": 0.5, "end_percent": 1.0}]], r"part only \(start_percent\)"),
+    ],
+)
+def test_a_prompt_for_a_part_is_refused(tiny, change, message):
+    source, target, negative = prompts(tiny)
+    with pytest.raises(ValueError, match=message):
+        optimise(tiny.model, source, change(target), negative, clip(), settings_of(tiny.model), seed=0)
+
+
+def test_a_prompt_for_all_noise_levels_is_taken(tiny):
+    source, target, negative = prompts(tiny)
+    whole = [[target[0][0], target[0][1] | {"start_percent": 0.0, "end_percent": 1.0}]]
+    settings = settings_of(tiny.model, steps=1)
+    moved = [optimise(tiny.model, source, p, negative, clip(), settings, seed=0)[0] for p in (target, whole)]
+    assert torch.equal(*moved)
+
+
+def test_several_gpus_are_refused(tiny):
+    several = tiny.model.clone()
+    several.set_additional_models("multigpu", [tiny.model.clone()])
+    with pytest.raises(ValueError, match="model: editing runs on one GPU"):
+        run(tiny, model=several)
+
+
+def test_guidance_of_other_packs_gets_the_prompts(tiny):
+    """Perturbed attention guidance and its like call the model again with the positive prompt."""
+    seen, guided = [], tiny.model.clone()
+
+    def after(arguments):
+        seen.append((arguments["cond"][0]["cross_attn"], arguments["uncond"][0]["cross_attn"]))
+        return arguments["denoised"]
+
+    guided.set_model_sampler_post_cfg_function(after)
+    run(tiny, model=guided, steps=1)
+    source, target, negative = (prompt[0][0] for prompt in prompts(tiny))
+    assert len(seen) == 2
+    assert torch.equal(seen[0][0], target) and torch.equal(seen[1][0], source)
+    assert all(torch.equal(pair[1], negative) for pair in seen)

@@ -1,6 +1,7 @@
 """The three methods on each family that the host loads: tiny models of its own classes, with random weights."""
 
 import contextlib
+import gc
 import json
 from dataclasses import replace
 
@@ -19,7 +20,7 @@ from comfy.quant_ops import QuantizedTensor
 from spacetime_edit.core.parametrization import noise_fraction
 from spacetime_edit.core.regions import Region, membership, partition
 from spacetime_edit.core.relevance import matching_loss
-from spacetime_edit.host import distillation, relevance_matching
+from spacetime_edit.host import checkpointing, distillation, relevance_matching
 from spacetime_edit.host.attention_tap import AttentionTap
 from spacetime_edit.host.checkpointing import checkpointed
 from spacetime_edit.host.conditioning import PICTURE
@@ -34,6 +35,7 @@ from spacetime_edit.host.distillation import (
 from spacetime_edit.host.families import attention_layers, family_of
 from spacetime_edit.host.features import FeatureRecorder
 from spacetime_edit.host.gradients import latent_gradient, normal_tensor, predict
+from spacetime_edit.host.inflation import inflation_of
 from spacetime_edit.host.inversion import invert
 from spacetime_edit.host.memory import ActivationMeter
 from spacetime_edit.host.region_patch import RegionModulation, patch_regions
@@ -44,7 +46,7 @@ from spacetime_edit.host.sampling import TrajectorySampler
 from spacetime_edit.host.token_attention import token_attention
 from spacetime_edit.host.trajectory_files import save_trajectory
 from spacetime_edit.tests.host import support
-from spacetime_edit.tests.host.tiny_families import BY_NAME
+from spacetime_edit.tests.host.tiny_families import BY_NAME, DITS, KNOWN, by_hand
 from spacetime_edit.tools.live_memory import PeakMemory
 
 MIDDLE = 0.5  # of the denoising
@@ -166,11 +168,15 @@ def test_query_key_and_value_are_what_attention_gets(family, model):
         logits = logits if wide.mask is None else logits + wide.mask.double()
         return call.by_frame((logits.softmax(-1) @ wide.value.double()).to(wide.query))
 
-    replaced = AttentionTap(model, [own]).install
-    assert support.relative(predicted(model, family, options=replaced), predicted(model, family)) <= 1e-5
+    plain, replaced, absent = (
+        predicted(model, family, options=AttentionTap(model, listeners).install)
+        for listeners in ([], [own], [lambda call: torch.zeros_like(call.query)])
+    )
+    effect = (absent - plain).norm()
+    assert effect > 0 and (replaced - plain).norm() <= 2e-2 * effect
 
 
-def test_others_are_called_no_less_than_without_us(family, model):
+def test_others_are_called_as_often_as_without_us(family, model):
     """A foreign override and a foreign wrapper; rows that regions leave alone may be a call of their own."""
     seen = {"override": 0, "wrapper": 0}
 
@@ -188,6 +194,10 @@ def test_others_are_called_no_less_than_without_us(family, model):
     predicted(foreign, family)
     alone = dict(seen)
     seen.update(override=0, wrapper=0)
+    predicted(foreign, family, options=AttentionTap(foreign, [lambda call: None]).install)
+    inflated = family_of(model).patched is None and inflation_of(model) is not None
+    assert seen == alone or inflated and seen["wrapper"] == alone["wrapper"]
+    seen.update(override=0, wrapper=0)
     patched = patch_regions(foreign, RegionModulation(halves(family), end=1.0))
     predicted(patched, family)
     assert seen["wrapper"] == alone["wrapper"] and seen["override"] >= alone["override"]
@@ -196,8 +206,8 @@ def test_others_are_called_no_less_than_without_us(family, model):
 
 def test_a_replaced_attention_is_called_as_often_as_without_us(family, model):
     """An attn2 replace patch, as reference-image packs set it; of U-Nets that know such patches."""
-    if "SD 1.5" not in family_of(model).name:
-        pytest.skip("of Stable Diffusion's own blocks")
+    if family_of(model).diffusion_model not in ("UNetModel", "VideoUNet"):
+        pytest.skip("only Stability AI's blocks ask the host for such patches")
     seen = []
 
     def replace(q, k, v, extra_options):
@@ -252,18 +262,74 @@ def str_blocks(model):
 
 @pytest.mark.parametrize("low_memory", [False, True])
 def test_gradients_are_those_of_finite_differences(family, model, low_memory):
+    """Along the gradient, and along another direction, which an error across the gradient would show in."""
     before = watched(model, family)
     clip = family.clip()
     _, found = gradient(model, family, clip, low_memory=low_memory)
-    direction = found / found.norm()
+    along = found / found.norm()
+    other = torch.randn(clip.shape, generator=torch.Generator().manual_seed(3))
+    other = along + (other - (other * along).sum() * along) / clip.numel() ** 0.5
+    for direction in (along, other / other.norm()):
 
-    def slope(h):
-        ahead, behind = (gradient(model, family, clip + step * direction)[0] for step in (h, -h))
-        return float(ahead - behind) / (2 * h)
+        def slope(h, direction=direction):
+            ahead, behind = (gradient(model, family, clip + step * direction)[0] for step in (h, -h))
+            return float(ahead - behind) / (2 * h)
 
-    expected = (4 * slope(0.05) - slope(0.1)) / 3
-    assert abs(expected / float(found.norm()) - 1) <= 1e-3
+        expected = (4 * slope(0.05) - slope(0.1)) / 3
+        assert abs(expected - float((found * direction).sum())) <= 1e-3 * float(found.norm())
     assert before.changed() == []
+
+
+def test_nothing_of_a_gradient_outlives_it(family, model):
+    """Recomputed blocks and what they recorded: a circle through autograd, which the collector does not see."""
+    gradient(model, family, family.clip(), low_memory=True)
+    gc.collect()
+    assert not [thing for thing in gc.get_objects() if type(thing) is checkpointing._Block]
+
+
+def test_an_attention_without_gradient_is_named(family, model):
+    """As packs with 8-bit kernels put in: its output has no graph, and a gradient around it would be wrong."""
+
+    def kernel(func, *args, **kwargs):
+        with torch.no_grad():
+            return func(*(a.detach() if isinstance(a, torch.Tensor) else a for a in args), **kwargs)
+
+    foreign = model.clone()
+    foreign.model_options["transformer_options"]["optimized_attention_override"] = kernel
+    if family.hidden == family.calls - 14:
+        return  # AnimateDiff's attention over space is tested with SD 1.5's
+    with pytest.raises(ValueError, match="model: another pack has put an attention into it that gives no gradient"):
+        gradient(foreign, family, family.clip())
+
+
+@pytest.mark.parametrize("own_cast", [False, True])
+@pytest.mark.parametrize("family", ["Wan"], indirect=True, scope="module")
+def test_weights_in_a_foreign_format(family, model, own_cast):
+    """Bytes that another pack unpacks in its layers' forward: with its own way to a weight the gradient is right, else
+    the layer is named."""
+    layer = model.model.diffusion_model.blocks[0].ffn[0]
+    weight, bias = layer.weight.clone(), layer.bias.clone()
+
+    class Linear(torch.nn.Module):
+        in_features, out_features = weight.shape[1], weight.shape[0]
+
+        def __init__(self):
+            super().__init__()
+            self.weight, self.bias = torch.zeros(len(weight), 3, dtype=torch.uint8), None
+            if own_cast:
+                self.cast_bias_weight = lambda like: (weight, bias)
+
+        def forward(self, x):
+            return torch.nn.functional.linear(x, weight, bias)
+
+    exact = gradient(model, family, family.clip())[1]
+    foreign = family.model()
+    foreign.model.diffusion_model.blocks[0].ffn[0] = Linear()
+    if own_cast:
+        torch.testing.assert_close(gradient(foreign, family, family.clip())[1], exact, rtol=1e-4, atol=1e-7)
+        return
+    with pytest.raises(ValueError, match=r"model: its Linear layers keep weights in a form that gives no gradient"):
+        gradient(foreign, family, family.clip())
 
 
 @pytest.mark.parametrize("low_memory", [False, True])
@@ -342,9 +408,16 @@ def sampled(model, family, trajectory, before_step=(), *, positive=None, cfg=2.0
 
 
 def test_an_inverted_clip_comes_back(family, model, inverted):
+    """And closer than by another prompt, which moves these quiet models a little only."""
     assert inverted.latents.isfinite().all()
-    back = sampled(model, family, inverted, positive=family.conditioning(), cfg=1.0)
-    assert support.relative(back, 0.5 * family.clip()) < 0.03
+    clip = 0.5 * family.clip()
+    back, by_another = (
+        support.relative(sampled(model, family, inverted, positive=family.conditioning(seed), cfg=1.0), clip)
+        for seed in (0, 1)
+    )
+    assert back < 0.03 and back < by_another
+    if not family.patched:
+        assert back < 0.5 * by_another
 
 
 def test_matching_brings_the_relevance_closer_and_is_neutral_at_zero(family, model, inverted):
@@ -439,10 +512,10 @@ def test_dds_moves_the_clip_and_stays_for_equal_prompts(family, model):
     clip = 0.5 * family.clip()
     weights = {SPATIAL: 0.3, TEMPORAL: 0.1}
     for low_memory in (False, True):
-        settings = Distillation(steps=2, weights=weights, blocks=key_blocks(model), low_memory=low_memory)
+        settings = Distillation(steps=3, weights=weights, blocks=key_blocks(model), low_memory=low_memory)
         arguments = (family.conditioning(), family.conditioning(1), family.conditioning(2), clip, settings)
         moved, curve = optimise(model, *arguments, seed=0)
-        assert moved.isfinite().all() and not torch.equal(moved, clip) and len(curve) == 2
+        assert moved.isfinite().all() and not torch.equal(moved, clip) and len(curve) == 3
     same = family.conditioning(), family.conditioning(), family.conditioning(2), clip, settings
     torch.testing.assert_close(optimise(model, *same, seed=0)[0], clip, rtol=0, atol=1e-4)
     assert before.changed() == []
@@ -451,25 +524,40 @@ def test_dds_moves_the_clip_and_stays_for_equal_prompts(family, model):
 # --- conditionings ------------------------------------------------------
 
 
-def test_prompts_of_other_lengths_and_split_batches_agree(family, model):
-    """The regions of the positive prompt act on it whether it runs beside the negative one or by itself."""
+def test_prompts_of_other_lengths_and_split_batches_agree(family, model, monkeypatch):
+    """The regions act on both prompts whether they run beside one another or, as where memory is short, one by one."""
     patched = patch_regions(model, RegionModulation(halves(family), end=1.0))
-    positive = family.conditioning()
-    together = predicted(patched, family, positive, negative=family.conditioning(1))
+    positive, negative = family.conditioning(), family.conditioning(1)
+    together = predicted(patched, family, positive, negative=negative)
+    effect = (together - predicted(model, family, positive, negative=negative)).norm()
     rows = []
-    tap = AttentionTap(patched, [lambda call: rows.append(len(call.rows))])
-    options = tap.install
-    batched = predicted(patched, family, positive, negative=family.conditioning(1), options=options)
-    assert torch.equal(batched, together)
-    apart = [
-        predicted(patched, family, positive, cfg=1.0),
-        predicted(model, family, family.conditioning(1), cfg=1.0),
-    ]
-    by_hand = apart[1] + 2.0 * (apart[0] - apart[1])
+    tap = AttentionTap(patched, [lambda call: rows.append({row.prompt for row in call.rows})])
+    with monkeypatch.context() as patch:
+        patch.setattr(model.model, "memory_required", lambda *_, **__: 2**60)
+        apart = predicted(patched, family, positive, negative=negative, options=tap.install)
+    assert all(len(prompts) == 1 for prompts in rows) and {p for prompts in rows for p in prompts} == {0, 1}
+    assert (together - apart).norm() <= 2e-2 * effect
     if "joint" in {layer.kind for layer in attention_layers(model).values()}:  # the negative prompt has no regions
-        torch.testing.assert_close(together, by_hand, rtol=1e-4, atol=1e-4)
+        alone = predicted(patched, family, positive, cfg=1.0), predicted(model, family, negative, cfg=1.0)
+        torch.testing.assert_close(together, alone[1] + 2.0 * (alone[0] - alone[1]), rtol=1e-4, atol=1e-4)
     longer = predicted(patched, family, positive, negative=family.conditioning(1, words=2 * family.words))
-    assert longer.isfinite().all()
+    assert longer.isfinite().all() and not torch.equal(longer, together)
+
+
+def test_a_latents_own_mask_is_the_samplers(family, model):
+    """Also where the model reads a noise mask itself: in this loop no token is clean and no frame known."""
+    trajectory = invert(model, family.conditioning(), 0.5 * family.clip(), sigmas_of(model, 2))
+    frames, size = family.shape[2 if family.patched else 0], family.shape[-2:]
+    mask = torch.zeros(frames, *size)
+    mask[:, :, : size[1] // 2] = 1
+    empty, made = torch.zeros(trajectory.shape), []
+    for own in (True, False):
+        guider = support.guider_of(model, family.conditioning(1))
+        sampler = TrajectorySampler(trajectory, mask=mask if own else None)
+        noise_mask = None if own else mask[:, None]
+        options = dict(denoise_mask=noise_mask, disable_pbar=True, seed=0)
+        made.append(guider.sample(empty, empty, sampler, trajectory.sigmas, **options))
+    assert torch.equal(*made)
 
 
 def test_a_model_that_wants_a_picture_is_refused_without_one(family, model):
@@ -565,7 +653,7 @@ def windowed_copy(model, family, **options):
     return windowed
 
 
-@pytest.mark.parametrize("family", ["Wan", "CogVideoX 1.0", "UNet3D"], indirect=True, scope="module")
+@pytest.mark.parametrize("family", ["Wan", "Wan VACE", "CogVideoX 1.0", "UNet3D"], indirect=True, scope="module")
 def test_matching_in_windows_blends_what_each_window_says(family, model, monkeypatch):
     """Against edits of the windows' frames as clips of their own, weighted as the host weights predictions."""
     dim, channels, size = (2 if family.patched else 0), family.shape[1], family.shape[-2:]
@@ -604,7 +692,7 @@ def test_matching_in_windows_blends_what_each_window_says(family, model, monkeyp
 
 
 @pytest.mark.parametrize("balance", [None, {SPATIAL: 2.0, TEMPORAL: 0.5}], ids=["slopes", "pull"])
-@pytest.mark.parametrize("family", ["Wan", "CogVideoX 1.0", "UNet3D"], indirect=True, scope="module")
+@pytest.mark.parametrize("family", ["Wan", "Wan VACE", "CogVideoX 1.0", "UNet3D"], indirect=True, scope="module")
 def test_distillation_in_windows_blends_what_each_window_says(family, model, balance):
     """Against the windows' frames as clips of their own; a whole step in windows runs too."""
     dim, channels, size = (2 if family.patched else 0), family.shape[1], family.shape[-2:]
@@ -720,6 +808,22 @@ def test_tokens_of_a_reference_are_found_and_left_alone(family, model):
     torch.testing.assert_close(found[:, :, :16], plain[:, :, :16], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found[:, :, 16:], (scores.softmax(-1) @ value)[:, :, 16:], rtol=1e-5, atol=1e-5)
     assert (found - plain)[:, :, 16:].abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("reads", [True, False], ids=["a model that reads it", "a model that does not"])
+@pytest.mark.parametrize("family", ["Wan"], indirect=True, scope="module")
+def test_regions_on_a_model_with_a_reference_picture(family, reads):
+    """The host's own network, with and without the layer that makes tokens of the picture."""
+    model = by_hand(KNOWN.WAN21_T2V, DITS["wan"] | ({"in_dim_ref_conv": 16} if reads else {}))(family.weights())
+    picture = torch.randn(1, 16, 1, 8, 8, generator=torch.Generator().manual_seed(6))
+    positive = [[embedding, {"reference_latents": [picture]}] for embedding, _ in family.conditioning()]
+    calls, plain = [], predicted(model, family, positive, cfg=1.0)
+    patched = patch_regions(model, RegionModulation(halves(family), end=1.0))
+    out = predicted(patched, family, positive, cfg=1.0, options=AttentionTap(patched, [calls.append]).install)
+    assert out.isfinite().all() and not torch.equal(out, plain)
+    assert len(calls) == 4 and all(call.parts(call.query) == (16 * reads, 48, 0) for call in calls)
+    without = predicted(model, family, family.conditioning(), cfg=1.0)
+    assert torch.equal(without, plain) is not reads
 
 
 @pytest.mark.parametrize("family", ["AnimateDiff"], indirect=True, scope="module")

@@ -97,8 +97,9 @@ def test_released_splices_the_phrases(tiny, clip):
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"levels": "2;4"}, "levels: '2;4' is no list of numbers"),
-        ({"levels": "0"}, "levels: '0' is no list of numbers"),
+        ({"levels": "2;4"}, "levels: '2;4' is no list of 1, 2, 4, 8 and so on"),
+        ({"levels": "0"}, "levels: '0' is no list of 1, 2, 4"),
+        ({"levels": "2,3"}, "levels: '2,3' is no list of 1, 2, 4"),
         ({"start_percent": 0.6, "end_percent": 0.4}, "start_percent, end_percent: 0.6 and 0.4"),
     ],
 )
@@ -211,7 +212,7 @@ def test_inflation_by_its_node(tiny):
     (inflated,) = InflateAttention.execute(tiny.model, "first + previous", "2, 4", True).result
     assert str(inflation_of(inflated)) == "first + previous at levels 2,4, norms over the clip"
     assert inflation_of(InflateAttention.execute(tiny.model, "per frame").result[0]) is None
-    assert "is no list of numbers" in InflateAttention.validate_inputs("2;4")
+    assert "is no list of 1, 2, 4" in InflateAttention.validate_inputs("2;4")
 
 
 def test_masks_of_other_frames_are_refused_by_name(tiny, clip):
