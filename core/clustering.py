@@ -121,7 +121,7 @@ def cluster_layout(
     if instances:
         parts = _connected(parts)
     numbers, sizes = np.unique(parts, return_counts=True)
-    large = numbers[sizes >= smallest * parts.size] if len(numbers) > 1 else numbers
+    large = numbers[sizes >= min(smallest * parts.size, sizes.max())]
     nearest = ndimage.distance_transform_edt(~np.isin(parts, large), return_distances=False, return_indices=True)
     parts = parts[tuple(nearest)]
     masks = [torch.from_numpy(parts == number).float() for number in large]

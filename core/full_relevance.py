@@ -79,7 +79,7 @@ def full_matching_loss(
 
         sums = sums + _formed_again(of_tile, own.query, own.key, own.lse)
     if sums[1] == 0 or sums[2] == 0:
-        return sums[0].detach() * 0 + 0 * target.query.sum().to(sums)
+        return sums[0].detach() * 0 + (0 * target.query).sum().to(sums)
     return -sums[0] / (sums[1] * sums[2]).sqrt().clamp_min(SMALLEST)
 
 

@@ -37,6 +37,7 @@ def descend(
         elif rule == "plain":
             direction = g * float(scale)
         else:
+            g = g / g.abs().max().clamp_min(torch.finfo(g.dtype).tiny)  # squares of small numbers would be 0
             direction = g / g.square().mean().sqrt().clamp_min(torch.finfo(g.dtype).tiny)
         x = x - size * direction
     return x

@@ -16,6 +16,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import accumulate
 from typing import Literal
 
@@ -46,7 +47,7 @@ SMALL = 256  # rows below which some of them alone may be computed by another co
 
 
 def modulation_strength(t: float, size: Tensor | float, kind: Kind = "self") -> Tensor:
-    """a in [0, 1): xi(t) * size, with xi = 0.3 t^5 for self, temporal and joint attention and t^5 for cross attention.
+    """a in [0, 1]: xi(t) * size, with xi = 0.3 t^5 for self, temporal and joint attention and t^5 for cross attention.
 
     t: normalised time, 1 = noise, 0 = clean; size: 1 minus the share of the frame or clip that the query's region
     covers, clamped to [0, 1].
@@ -102,13 +103,13 @@ def modulated_attention(
             return modulated_attention(*(_pick(t, 0, chosen) for t in tensors), mask=_pick(mask, 0, chosen), **options)
 
         return _in_two(of_batches, batches, 0)
-    if not (rows := active.any(1).any(0)).all() and len(rows) >= SMALL:
+    if not (rows := active.any(1).any(0)).all() and len(rows) > SMALL:
 
         def of_rows(chosen: Tensor) -> Tensor:
             q, u, a = _pick(query, 2, chosen), _pick(region_query, 1, chosen), _pick(strength, 2, chosen)
             return modulated_attention(q, key, value, u, region_key, a, mask=_pick(mask, 2, chosen), **options)
 
-        return _in_two(of_rows, rows, 2)
+        return _in_two(of_rows, rows, 2, SMALL)
     recorded = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
     if not recorded and len(parts := _heads_at_once(query, key)) > 1:
         out = value.new_empty(*query.shape[:3], value.shape[-1])
@@ -122,14 +123,20 @@ def modulated_attention(
     factors = None if alone is not None else _factors(region_query, region_key, overlap)
     out = _augmented(scores, value, factors, strength, attention)
     if out is None:
-        log.info(
-            "region attention: formed in tiles, which is slower: too many channels, a mask of rows and keys, or keys "
-            "that are left alone"
-        )
+        _say_tiled()
         return _tiled(scores, value, region_query, region_key, overlap, strength, alone)
     if active.all():
         return out
     return torch.where(active[..., None], out, _plain(attention, query, key, value, scale, mask))
+
+
+@cache
+def _say_tiled() -> None:
+    """Once: it may be so in every call."""
+    log.info(
+        "region attention: formed in tiles, which is slower: too many channels, a mask of rows and keys, or keys that "
+        "are left alone"
+    )
 
 
 def _rows_of(strength: Tensor | float, query: Tensor) -> Tensor:
@@ -179,11 +186,15 @@ def _pick(tensor: Tensor | None, dim: int, chosen: Tensor) -> Tensor | None:
     return tensor if tensor is None or tensor.shape[dim] == 1 else tensor.index_select(dim, chosen)
 
 
-def _in_two(compute: Callable[[Tensor], Tensor], active: Tensor, dim: int) -> Tensor:
-    """What `compute` gives for the active items and for the others, in their own order."""
-    order = torch.cat([active.nonzero()[:, 0], (~active).nonzero()[:, 0]])
-    parts = [compute(chosen) for chosen in order.split([int(active.sum()), int((~active).sum())])]
-    return torch.cat(parts, dim).index_select(dim, order.argsort())
+def _in_two(compute: Callable[[Tensor], Tensor], active: Tensor, dim: int, least: int = 0) -> Tensor:
+    """What `compute` gives for the active items and for the others, in their own order.
+
+    least: items that it is asked for at once; of fewer, some of the other kind are computed beside them and dropped.
+    """
+    sides = active.nonzero()[:, 0], (~active).nonzero()[:, 0]
+    asked = [torch.cat([own, other[: max(0, least - len(own))]]) for own, other in (sides, sides[::-1])]
+    parts = [compute(chosen).narrow(dim, 0, len(own)) for chosen, own in zip(asked, sides, strict=True)]
+    return torch.cat(parts, dim).index_select(dim, torch.cat(sides).argsort())
 
 
 # --- the scores ---------------------------------------------------------
@@ -226,11 +237,16 @@ class _Scores:
         step = max(1, self.tile // max(1, self.query.shape[0] * self.query.shape[1] * self.key.shape[2]))
         return [slice(start, start + step) for start in range(0, self.query.shape[2], step)]
 
-    def tile_of(self, rows: slice, keys: slice = slice(None)) -> Tensor:
-        """(B, H, rows, keys), hidden keys left as they are."""
-        scores = self.query[:, :, rows] * self.scale @ self.key[:, :, keys].mT
+    def of_rows(self, rows: slice) -> _Scores:
+        """Those of some queries."""
+        mask = self.mask if self.by_key else self.mask[:, :, rows]
+        return replace(self, query=self.query[:, :, rows], mask=mask)
+
+    def formed(self) -> Tensor:
+        """(B, H, N, M), hidden keys left as they are."""
+        scores = self.query * self.scale @ self.key.mT
         bias = self.bias()
-        return scores if bias is None else scores + bias[:, :, rows if bias.shape[2] > 1 else slice(None), keys]
+        return scores if bias is None else scores + bias
 
     def extrema(self, keys: slice) -> tuple[Tensor, Tensor]:
         """Lowest and highest score of each row over a block of keys, each (B, H, N) in float32 or better.
@@ -283,7 +299,9 @@ def _extrema_of(scores: Tensor, bias: Tensor | None, hidden: Tensor | None, valu
         low, high = scores.masked_fill(hidden, torch.inf), scores.masked_fill(hidden, -torch.inf)
     if not values:
         return low.argmin(-1), high.argmax(-1)
-    return low.amin(-1), high.amax(-1)  # not aminmax, which is three times as slow on a CPU
+    low, high = low.amin(-1), high.amax(-1)  # not aminmax, which is three times as slow on a CPU
+    nothing = low > high  # all keys of the block are hidden
+    return low.masked_fill(nothing, 0.0), high.masked_fill(nothing, 0.0)
 
 
 # --- exact, by extra channels of a stock attention ----------------------
@@ -390,14 +408,12 @@ def _tiled(
     """The definition itself, for some rows at a time; recomputed in a backward pass."""
 
     def of_rows(query: Tensor, key: Tensor, value: Tensor, rows: slice) -> Tensor:
-        here = replace(scores, query=query, key=key)
+        here = replace(scores, query=query, key=key).of_rows(rows)
         wide = torch.promote_types(query.dtype, torch.float32)
-        raw = here.tile_of(rows).to(wide)
+        raw = here.formed().to(wide)
         u, v = region_query[:, rows].to(wide), region_key.to(wide)
         shared = (_shared(u, v) if overlap == "any" else u @ v.mT)[:, None]
         a, hidden = strength[:, :, rows, None].to(wide), here.hidden()
-        if hidden is not None:
-            hidden = hidden[:, :, rows if hidden.shape[2] > 1 else slice(None)].expand(*raw.shape[:1], 1, -1, -1)
         left_out = _either(hidden, alone)
         pulled = []
         for keys in here.slices:
@@ -406,6 +422,8 @@ def _tiled(
                 low = low.masked_fill(left_out[..., keys], torch.inf)
                 high = high.masked_fill(left_out[..., keys], -torch.inf)
             low, high = low.amin(-1, keepdim=True), high.amax(-1, keepdim=True)
+            nothing = low > high  # all keys of the block are left out
+            low, high = low.masked_fill(nothing, 0.0), high.masked_fill(nothing, 0.0)
             pulled.append((1 - a) * raw[..., keys] + a * (low + shared[..., keys] * (high - low)))
         moved = torch.cat(pulled, -1)
         if alone is not None:

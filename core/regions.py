@@ -5,7 +5,7 @@ Shape letters: F frames of the masks, f frames of a token grid (h, w), N = h w t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,6 +24,7 @@ OCCURRENCES = {"once": ONLY, "every": EVERY, "first": 1, "second": 2, "third": 3
 """The same by their names."""
 
 PART = 0.9  # share of a region that lies within another, which makes it a part of that
+TINY = 1e-6
 THIN = 0.5  # membership that the best token of a region has at least
 
 
@@ -51,7 +52,7 @@ def same_frames(regions: Sequence[Region]) -> Tensor:
 
     Raises ValueError where sizes or numbers of frames differ, naming the region.
     """
-    frames = max((region.mask.reshape(-1, *region.mask.shape[-2:]).shape[0] for region in regions), default=0)
+    frames = max(region.mask.reshape(-1, *region.mask.shape[-2:]).shape[0] for region in regions)
     masks = []
     for number, region in enumerate(regions, start=1):
         name = f"region {number} ({region.phrase!r})"
@@ -70,27 +71,38 @@ def partition(masks: Tensor) -> Tensor:
 
     A part lies before what it is a part of; else a later region lies before an earlier one. Soft pixels are shared.
     """
-    covered = masks.flatten(1).sum(1)
-    inside = torch.minimum(masks[:, None], masks[None]).flatten(2).sum(2)  # (K, K): of row within column
-    within = (inside >= PART * covered[:, None]) & (covered[:, None] < covered[None]) & (covered[:, None] > 0)
-    depth = within.sum(1).tolist()
     shares, left = torch.empty(len(masks) + 1, *masks.shape[1:]), torch.ones_like(masks[0])
-    for k in sorted(range(len(masks)), key=lambda k: (depth[k], k), reverse=True):
+    for k in _front_first(masks):
         shares[k] = masks[k] * left
         left = left * (1 - masks[k])
     shares[-1] = left
     return shares
 
 
+def _front_first(masks: Tensor) -> Iterator[int]:
+    """Numbers of the regions: always the last of those whose parts have all been."""
+    covered = [float(mask.sum()) for mask in masks]
+
+    def is_part(k: int, of: int) -> bool:
+        return 0 < covered[k] < covered[of] and float(torch.minimum(masks[k], masks[of]).sum()) >= PART * covered[k]
+
+    parts = {k: {j for j in range(len(masks)) if is_part(j, k)} for k in range(len(masks))}
+    while parts:
+        front = max(k for k, own in parts.items() if not own & parts.keys())
+        yield front
+        del parts[front]
+
+
 def membership(layers: Tensor, grid: tuple[int, int, int], pooling: Pooling = "area") -> Tensor:
     """What of each token belongs to each layer (K, F, H, W): (f, N, K) in [0, 1] for a grid (f, h, w).
 
-    area: the share of the token's pixels. Of a partition the result sums to 1; a region whose best token of a frame has
-    less than a half is scaled up to a half there, at the cost of the others, so that thin parts survive. max: the
-    largest pixel. nearest: the top left pixel, as the public code takes it.
+    area: the share of the token's pixels. Of a partition the result sums to 1; a region that owns a pixel of a frame
+    but no more than less than a half of its best token there is scaled up to a half, at the cost of the others, so that
+    thin parts survive. max: the largest pixel. nearest: the top left pixel, as the public code takes it.
     Masks have the clip's frames, or the latent's: see `in_latent_frames`.
     """
     frames, height, width = grid
+    owned = in_latent_frames((layers.amax((2, 3), keepdim=True) >= 0.5).float(), frames)[:, :, 0, 0] > 0  # (K, f)
     layers = in_latent_frames(layers, frames)
     flat = layers.flatten(0, 1)[:, None]
     if pooling == "area":
@@ -100,7 +112,7 @@ def membership(layers: Tensor, grid: tuple[int, int, int], pooling: Pooling = "a
     else:
         pooled = interpolate(flat, (height, width), mode="nearest")
     tokens = pooled.unflatten(0, layers.shape[:2])[:, :, 0].flatten(2).permute(1, 2, 0)
-    return _thin_parts_kept(tokens) if pooling == "area" else tokens
+    return _thin_parts_kept(tokens, owned.T) if pooling == "area" else tokens
 
 
 def in_latent_frames(layers: Tensor, frames: int) -> Tensor:
@@ -122,18 +134,16 @@ def in_latent_frames(layers: Tensor, frames: int) -> Tensor:
     )
 
 
-def _thin_parts_kept(tokens: Tensor) -> Tensor:
-    """(f, N, K) of a partition, its last layer the background."""
-    tokens = tokens.clone()
-    for k in range(tokens.shape[-1] - 1):
-        own = tokens[..., k]
-        best = own.amax(1, keepdim=True)
-        factor = torch.where((best > 0) & (best < THIN), THIN / best.clamp(min=1e-6), 1.0)
-        grown = (own * factor).clamp(max=1)
-        rest = ((1 - grown) / (1 - own).clamp(min=1e-6))[..., None]
-        tokens = torch.where((factor > 1)[..., None], tokens * rest, tokens)
-        tokens[..., k] = grown
-    return tokens
+def _thin_parts_kept(tokens: Tensor, owned: Tensor) -> Tensor:
+    """(f, N, K) of a partition, its last layer the background; owned (f, K): whether a region has a pixel at all."""
+    best = tokens.amax(1, keepdim=True)
+    thin = owned[:, None] & (best < THIN)
+    thin[..., -1] = False
+    grown = torch.where(thin, tokens * (THIN / best.clamp(min=TINY)), 0.0)
+    grown = grown / grown.sum(-1, keepdim=True).clamp(min=1)
+    others = torch.where(thin, 0.0, tokens)
+    left = (1 - grown.sum(-1, keepdim=True)) / others.sum(-1, keepdim=True).clamp(min=TINY)
+    return torch.where(thin.any(-1, keepdim=True), grown + others * left, tokens)
 
 
 def size_term(tokens: Tensor, over: Over = "clip", *, covered_twice: bool = False) -> Tensor:

@@ -79,6 +79,8 @@ def matching_loss(
     backward pass: saved are query, key, their log-sum-exp and the temporal map; the peak is about ten
     (F, H, rows, rows) tiles. Softmax and sums of a row in float32 (float64 for float64 input), of all rows in float64.
     """
+    if len(target.query) < 2:
+        raise ValueError("target attention is of one frame, which has no neighbours to score; expected 2 or more")
     if source.query.shape[:3] != target.query.shape[:3]:
         raise ValueError(
             f"source and target attention differ in size: {tuple(source.query.shape)} and "

@@ -4,6 +4,7 @@ import pytest
 import torch
 from spacetime_edit.core import region_attention
 from spacetime_edit.core.region_attention import modulated_attention, modulation_strength
+from spacetime_edit.tools.live_memory import PeakMemory
 from torch.nn.functional import scaled_dot_product_attention
 
 
@@ -28,6 +29,8 @@ def dense(query, key, value, u, v, strength, *, overlap="any", mask=None, scale=
         away = away if alone is None else away | alone[at]
         low = s.masked_fill(away, float("inf")).amin(-1, keepdim=True)
         high = s.masked_fill(away, float("-inf")).amax(-1, keepdim=True)
+        if away.all():
+            low = high = torch.zeros_like(low)
         pulled = s + a * r * (high - s) - a * (1 - r) * (s - low)
         moved.append(pulled if alone is None else torch.where(alone[at], s, pulled))
         start += length
@@ -56,6 +59,8 @@ PADDING[0, ..., 30:] = -1e9
 PADDING[1, ..., 5:9] = float("-inf")
 BIAS = torch.linspace(-2, 1, 41, dtype=torch.float64).expand(2, 1, 1, 41)
 FULL = torch.zeros(2, 1, 37, 41, dtype=torch.float64).masked_fill(torch.ones(37, 41).tril(10) == 0, float("-inf"))
+BLOCK = torch.zeros(1, 1, 1, 41, dtype=torch.float64)
+BLOCK[..., :4] = float("-inf")
 
 CASES = {
     "any": {},
@@ -69,6 +74,8 @@ CASES = {
     "two blocks, product, three": {"blocks": [11, 7, 23], "overlap": "product"},
     "padding": {"mask": PADDING},
     "padding and blocks": {"mask": PADDING, "blocks": [11, 30]},
+    "a hidden block": {"mask": BLOCK, "blocks": [4, 37]},
+    "a hidden block, and keys left alone": {"mask": BLOCK, "blocks": [4, 37], "alone": torch.arange(41) > 30},
     "a bias on keys": {"mask": BIAS},
     "a bias and padding": {"mask": BIAS + PADDING},
     "a mask of rows and keys": {"mask": FULL},
@@ -143,13 +150,14 @@ def test_strength_zero_is_plain_attention_to_the_bit(dtype):
     assert torch.equal(modulated_attention(*arguments, 0.0), scaled_dot_product_attention(*arguments[:3]))
 
 
-@pytest.mark.parametrize("n", [37, 300])
-@pytest.mark.parametrize("zero", ["one batch item", "some rows", "rows of one head"])
+@pytest.mark.parametrize("n", [37, 300, 2000])
+@pytest.mark.parametrize("zero", ["one batch item", "some rows", "one row", "all rows but one", "rows of one head"])
 def test_rows_of_strength_zero_are_untouched_to_the_bit(n, zero):
     query, key, value, u, v, strength = (t.float() for t in problem(n=n, width=40))
     strength = strength.clamp(min=0.05)
-    at = {"one batch item": (1,), "some rows": (slice(None), slice(None), slice(3, n, 2)), "rows of one head": (0, 1)}
-    strength[at[zero]] = 0
+    rows = {"some rows": slice(3, n, 2), "one row": slice(5, 6), "all rows but one": slice(1, n)}
+    at = {"one batch item": (1,), "rows of one head": (0, 1)}
+    strength[at[zero] if zero in at else (slice(None), slice(None), rows[zero])] = 0
     ours = modulated_attention(query, key, value, u, v, strength)
     plain = scaled_dot_product_attention(query, key, value)
     untouched = strength == 0
@@ -237,3 +245,22 @@ def test_shapes_that_do_not_fit_are_named(change, message):
     u, v = change.pop("u", u), change.pop("v", v)
     with pytest.raises(ValueError, match=message):
         modulated_attention(query, key, value, u, v, strength, **change)
+
+
+def test_the_slower_form_is_told_once(monkeypatch, caplog):
+    monkeypatch.setattr(region_attention, "TOGETHER", 1)
+    region_attention._say_tiled.cache_clear()
+    arguments, options = prepared(CASES["keys left alone"])
+    with caplog.at_level("INFO", "spacetime_edit"):
+        for _ in range(2):
+            modulated_attention(*arguments, **options)
+    assert len(caplog.records) == 1
+
+
+def test_a_mask_of_rows_and_keys_is_looked_at_a_tile_at_a_time():
+    """Beyond the output: no copy of the mask, 9 MB, in the tiles of a few rows."""
+    query, key, value, u, v, strength = (t.float() for t in problem(batch=1, heads=1, n=1500, m=1500))
+    mask = torch.zeros(1, 1, 1500, 1500).masked_fill(torch.ones(1500, 1500).tril(10) == 0, -torch.inf)
+    with torch.no_grad(), PeakMemory() as peak:
+        modulated_attention(query, key, value, u, v, strength, mask=mask, tile=2**16)
+    assert peak.peak < 0.5 * mask.nbytes

@@ -15,6 +15,7 @@ from spacetime_edit.core.regions import (
     size_term,
     token_regions,
 )
+from spacetime_edit.tools.live_memory import PeakMemory
 
 
 def box(x0, y0, x1, y1, frames=1, side=16):
@@ -121,6 +122,45 @@ def test_size_terms():
     assert frame[0, 0] == pytest.approx(0.5) and frame[1, 0] == pytest.approx(0.9)
     assert size_term(tokens, "clip", covered_twice=True)[0, 0] == pytest.approx(0.85)
     assert size_term(torch.ones(1, 4, 3)).min() == 0  # three regions everywhere: not below 0
+
+
+def test_noise_in_a_mask_is_no_thin_part():
+    """Frame 1 of the first region is the black of a video, 1/255 and not 0: it owns nothing there."""
+    masks = masks_of(box(4, 4, 12, 12, frames=2))
+    masks[0, 1] = 1 / 255
+    tokens = membership(partition(masks), (2, 4, 4))
+    assert tokens[1, :, 0].max() < 0.01 and tokens[0, :, 0].max() == 1
+
+
+def test_a_thin_part_of_one_frame_of_four_survives_in_the_latents():
+    mask = torch.zeros(1, 5, 16, 16)
+    mask[0, 2, 5, 5] = 1
+    tokens = membership(partition(mask), (2, 4, 4))
+    assert tokens[1, :, 0].max() == pytest.approx(0.5) and tokens[0, :, 0].max() == 0
+
+
+def test_thin_parts_of_one_token_share_it_alike():
+    """One pixel in sixteen each, both want a half: neither gives way to the other."""
+    tokens = membership(partition(masks_of(box(0, 0, 1, 1), box(2, 2, 3, 3))), (1, 4, 4))
+    assert tokens[0, 0].tolist() == pytest.approx([0.5, 0.5, 0.0])
+    three = membership(partition(masks_of(box(0, 0, 1, 1), box(2, 2, 3, 3), box(0, 3, 1, 4))), (1, 4, 4))
+    assert three[0, 0].tolist() == pytest.approx([1 / 3, 1 / 3, 1 / 3, 0.0])
+
+
+def test_only_parts_go_before_later_regions():
+    """B is a part of A; C, later and part of nothing, lies before both."""
+    a, b, c = box(0, 0, 12, 12), box(2, 2, 6, 6), box(4, 4, 16, 8)
+    shares = partition(masks_of(a, b, c))
+    assert shares[2][c > 0].min() == 1 and shares[1][(b > 0) & (c == 0)].min() == 1
+    assert shares[0][(a > 0) & (b == 0) & (c == 0)].min() == 1
+
+
+def test_a_partition_takes_no_memory_of_pairs():
+    """Eight masks of 64 MB in all: beyond them and the result, a few of one."""
+    masks = torch.rand(8, 8, 512, 512)
+    with PeakMemory() as peak:
+        partition(masks)
+    assert peak.peak < 2.2 * masks.nbytes
 
 
 # --- phrases ------------------------------------------------------------
