@@ -85,7 +85,7 @@ def predict_cost(model, positive, latent: Tensor, plan: Plan, scheduler: str = "
 
     probe = _probe(model, positive, latent, sigmas)
     inversion = InversionSampler(probe.space, refinements=0)
-    call = _seconds_a_step(probe, inversion, probe.sigmas.flip(0)[:-1], latent)
+    call = _seconds_a_step(probe, inversion, probe.sigmas.flip(0), latent)
     plain = _seconds_a_step(probe, TrajectorySampler(probe), probe.sigmas, latent, plan.prompts)
     matched, last = plain, None
     if matched_steps:

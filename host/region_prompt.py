@@ -58,25 +58,25 @@ def encode_regional_prompt(clip, prompt: str, regions: Sequence[Region], mode: M
     def tokenize(text: str) -> list[object]:
         return _without_template(_tokens(clip, text), around)
 
-    words = tokenize(prompt)
-    conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(prompt))
-    length = conditioning[0][0].shape[1]
-    templated = any(token is not None for token in around)
+    words, templated = tokenize(prompt), any(token is not None for token in around)
+    positions = [
+        tuple(_positions(words, prompt, region.phrase, tokenize, region.occurrence)) if region.phrase.strip() else ()
+        for region in regions
+    ]
     if templated and splice:
         raise ValueError(
             "splice: this text encoder is a language model, in which a phrase alone is not what it is in a prompt; "
             "switch splice off and choose mode paper"
         )
-    if length > len(words) or (length < len(words) and not templated):
+    conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(prompt))
+    length = conditioning[0][0].shape[1]
+    cut = len(words) - length  # the host cuts off the beginning of a template
+    if cut < 0 or (cut > 0 and not templated) or any(word is not None for word in words[:cut]):
         raise ValueError(
             f"clip: it turns {len(words)} text tokens into {length} vectors, so the place of a phrase is not known; "
             f"use the text encoder of the model"
         )
-    words = words[len(words) - length :]  # what the host cuts off is the beginning of a template
-    positions = [
-        tuple(_positions(words, prompt, region.phrase, tokenize, region.occurrence)) if region.phrase.strip() else ()
-        for region in regions
-    ]
+    words, positions = words[cut:], [tuple(place - cut for place in places) for places in positions]
     if splice:
         conditioning = _spliced(clip, conditioning, regions, positions)
     return conditioning, Layout(prompt, tuple(regions), tuple(positions), length, mode, tuple(words), tokenize)

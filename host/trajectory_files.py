@@ -39,7 +39,10 @@ def save_trajectory(trajectory: Trajectory, filename_prefix: str) -> Path:
     """
     check_prefix(filename_prefix)
     if trajectory.is_part:
-        raise ValueError("trajectory: it is a part of an inversion by two models, which a file cannot hold yet")
+        raise ValueError(
+            "trajectory: it is a part of an inversion by two models, which a file cannot hold yet; leave Save "
+            "Trajectory out"
+        )
     tensors = {name: getattr(trajectory, name).cpu().contiguous() for name in ("latents", "sigmas")}
     if (size := sum(tensor.nbytes for tensor in tensors.values())) > MAX_BYTES:
         raise ValueError(f"trajectory: it has {size >> 20} MiB, a file may have {MAX_BYTES >> 20}; invert fewer frames")

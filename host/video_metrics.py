@@ -49,7 +49,7 @@ def compare(
 
     source, edits: (F, H, W, 3) in [0, 1], the same size; mask (F or 1, H, W), 1 = edited. clip, clip_vision,
     flow_model: the host's CLIP, CLIP_VISION and OPTICAL_FLOW; flow: of the source, where it is known. ValueError,
-    naming edit 1, edit 2 and so on, for clips of different size, one frame, NaN, or a flow of another clip.
+    naming edit0, edit1 and so on, for clips of different size, one frame, NaN, or a flow of another clip.
     """
     _check(source, edits, mask, flow)
     by_flow = _by_flow(source, edits, estimator_of(flow_model), flow, progress)
@@ -80,7 +80,7 @@ def number(value: float | None) -> str:
 
 
 def _check(source: Tensor, edits: Sequence[Tensor], mask: Tensor | None, flow: ClipFlow | None) -> None:
-    names = ["edit"] if len(edits) == 1 else [f"edit {k}" for k in range(1, len(edits) + 1)]
+    names = ["edit"] if len(edits) == 1 else [f"edit{k}" for k in range(len(edits))]
     for name, edit in zip(names, edits, strict=True):
         if source.shape != edit.shape:
             raise ValueError(

@@ -49,7 +49,7 @@ class CaptureSTRScore(io.ComfyNode):
                     default="both ways",
                     advanced=True,
                     tooltip="both ways: from a frame to its neighbour and back, which is the method's own choice. "
-                    "concat ignores it.",
+                    "one way: to the neighbour only. concat ignores it.",
                 ),
                 io.Boolean.Input(
                     "per_pair",

@@ -30,12 +30,17 @@ class CompareEdits(io.ComfyNode):
             search_aliases=["compare", "side by side", "metrics", "slider", "a/b", "ablation", "benchmark"],
             inputs=[
                 io.Image.Input("source", tooltip="The clip as it was encoded, one image a frame."),
-                io.Autogrow.Input("edits", template=edits, tooltip="The edits to compare. A free input is left."),
+                io.Autogrow.Input(
+                    "edits",
+                    template=edits,
+                    tooltip="The edits to compare. Connect one, and a free input appears below it.",
+                ),
                 io.String.Input(
                     "names",
                     default="",
                     multiline=True,
-                    tooltip="A name for each edit, one a line, in their order. Empty: edit 1, edit 2 and so on.",
+                    tooltip="A name for each edit, one a line, in their order. Empty: edit0, edit1 and so on, as the "
+                    "inputs.",
                 ),
                 io.String.Input(
                     "prompt",
@@ -113,4 +118,4 @@ def _titles(names: str, count: int) -> list[str]:
         raise ValueError(f"names: there are {len(given)}, one a line, for {count} edits; remove some, or connect more")
     if len(set(given)) < len(given):
         raise ValueError("names: one is there twice; give each edit a name of its own")
-    return [*given, *(f"edit {k}" for k in range(len(given) + 1, count + 1))]
+    return [*given, *(f"edit{k}" for k in range(len(given), count))]

@@ -28,8 +28,8 @@ class EncodeRegionalPrompt(io.ComfyNode):
                 REGIONS_TYPE.Input(
                     "regions",
                     optional=True,
-                    tooltip="From Region Prompt or Regions from Masks. Open: a plain prompt, and the patch does "
-                    "nothing.",
+                    tooltip="From Region Prompt, Regions from Masks or Regions from Attention. Open: a plain prompt, "
+                    "and the patch does nothing.",
                 ),
                 io.Combo.Input(
                     "mode",

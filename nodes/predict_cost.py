@@ -17,8 +17,7 @@ class PredictCost(io.ComfyNode):
             display_name="Predict Cost",
             category="Spacetime Edit/trajectory",
             description="Says how many minutes and how much memory an edit of this clip will take, before you start "
-            "it. It runs three steps of the inversion and three of the edit, at the size of your clip, and counts up "
-            "the rest.",
+            "it. It runs three steps of each stage, at the size of your clip, and counts up the rest.",
             search_aliases=["vram", "memory estimate", "time estimate", "how long", "benchmark"],
             is_output_node=True,
             inputs=[

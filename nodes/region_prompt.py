@@ -36,7 +36,8 @@ class RegionPrompt(io.ComfyNode):
                     options=list(OCCURRENCES),
                     default="once",
                     advanced=True,
-                    tooltip="Which place of the phrase in the prompt is meant, if it stands there more than once.",
+                    tooltip="Which place of the phrase in the prompt is meant. once: it stands there once; every: all "
+                    "places; first, second and so on: that one.",
                 ),
                 regions_input(),
             ],

@@ -1,5 +1,6 @@
 """Regions from Attention: what in the clip belongs together, as the model sees it."""
 
+import torch
 from comfy_api.latest import io, ui
 
 from .types import REGIONS_TYPE, TRAJECTORY_TYPE, show_on_node, valid
@@ -109,5 +110,5 @@ class RegionsFromAttention(io.ComfyNode):
         shown = numbered(shown, found)
         show_on_node(cls, legend)
         named = tuple(region for region in found if region.phrase)
-        union = sum(region.mask for region in named or found[1:])
+        union = sum((region.mask for region in named or found[1:]), torch.zeros_like(found[0].mask))
         return io.NodeOutput(named or tuple(found), union, shown, ui=ui.PreviewImage(shown, cls=cls))

@@ -55,7 +55,7 @@ class RegionsFromMasks(io.ComfyNode):
             raise ValueError(
                 f"masks, colours, track_data: {', '.join(connected) or 'none of them'} connected; connect exactly one"
             )
-        lines = phrases.split("\n")
+        lines = phrases.rstrip("\n").split("\n")
         if colours is not None:
             return io.NodeOutput((*regions, *regions_of_colours(colours, lines)))
         if track_data is not None:

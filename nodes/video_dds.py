@@ -49,7 +49,8 @@ class VideoDDSOptimize(io.ComfyNode):
                     default=200,
                     min=1,
                     max=10000,
-                    tooltip="Optimisation steps. Each takes four passes of the model and one or two backward passes.",
+                    tooltip="Optimisation steps. Each takes four passes of the model and a backward pass; every fourth "
+                    "takes one for each of s_ssm, t_ssm and the others that are on.",
                 ),
                 number(
                     "step_size",
@@ -94,7 +95,7 @@ class VideoDDSOptimize(io.ComfyNode):
                     default="",
                     advanced=True,
                     tooltip="Blocks whose keys are compared, such as u0-u2 (d = down, m = middle, u = up, counted over "
-                    "the blocks with attention). Empty: all on the way up.",
+                    "the blocks with attention). Empty: all on the way up; of a transformer the later half.",
                 ),
                 io.Combo.Input(
                     "branch",

@@ -213,20 +213,25 @@ def finished(block: Block, model: dict[str, Output], clip: Node, latent: Output)
     block.give("source", clip["images"])
 
 
+AT_MOST = (
+    " It takes the first 24 frames of the clip, at most 576 pixels on the longer side; open the block to change that."
+)
+
 BLOCKS: dict[str, tuple[Callable[[Block], None], str]] = {
     "Edit Video (STR-Match)": (
         str_match,
         "Swaps what is in a clip and keeps its motion: inverts the clip and edits it with a new prompt, while the "
-        "relations between pixels and frames are matched. With a mask the rest of the picture stays.",
+        "relations between pixels and frames are matched. With a mask the rest of the picture stays." + AT_MOST,
     ),
     "Edit Regions (ST-Layout)": (
         st_layout,
         "Edits several things at once, each phrase in its own region: connect regions from Region Prompt, Regions from "
-        "Masks or Regions from Attention.",
+        "Masks or Regions from Attention." + AT_MOST,
     ),
     "Edit Video (DreamMotion)": (
         dreammotion,
-        "Changes colours, materials and styles: optimises the clip's own latent while its layout and motion are held.",
+        "Changes colours, materials and styles: optimises the clip's own latent while its layout and motion are held."
+        + AT_MOST,
     ),
 }
 

@@ -342,7 +342,7 @@ clip of 24 frames a second moves little in so few: set **every_nth** to 3.""",
 
 TRY_REGIONS = """### Try
 - **cross_strength** 1.5 if a phrase does not come; 0 and 0: the prompt alone.
-- masks by SAM3 instead of boxes: *SAM3 Video Track* and *Regions from Masks*, as in the template for SD 1.5.
+- masks by SAM3 instead of boxes: *Run SAM3 Video Track* and *Regions from Masks*, as in the template for SD 1.5.
 - **dilation** of *Sample from Trajectory* larger, if the new object is larger than the old one.
 - *STR Latent Optimizer* in place of *Sample from Trajectory*: motion is held too."""
 
@@ -490,7 +490,7 @@ stays.""",
     "animatediff_regions": """### Try
 - **cross_strength** 1.5 if a phrase does not come; 0 and 0: the prompt alone.
 - **temporal_strength** 1 if an object that moves takes the looks of the region it leaves.
-- masks by SAM3 instead of boxes: *SAM3 Video Track* and *Regions from Masks*, as in the template for SD 1.5.
+- masks by SAM3 instead of boxes: *Run SAM3 Video Track* and *Regions from Masks*, as in the template for SD 1.5.
 - *STR Latent Optimizer* in place of *Sample from Trajectory*: motion is held too.""",
     "zeroscope": """### Try
 - **lambda** 0.005 to 0.05. Smaller: more of the prompt. Larger: more of the clip's motion and background.

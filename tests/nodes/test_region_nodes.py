@@ -3,6 +3,7 @@
 import nodes
 import pytest
 import torch
+from spacetime_edit.host import attention_regions
 from spacetime_edit.host.inflation import inflation_of
 from spacetime_edit.host.loaders.example_clips import clip_names, load_clip
 from spacetime_edit.host.region_prompt import Layout
@@ -165,6 +166,13 @@ def found(clip, inverted, phrases="", kinds=3):
 def number_of(clip, regions, mask):
     """The number, from 1, of the region that covers most of `mask`."""
     return 1 + max(range(len(regions)), key=lambda k: float((regions[k].mask * mask).sum()))
+
+
+def test_a_clip_of_one_region_has_an_empty_mask(clip, inverted, monkeypatch):
+    whole = torch.ones_like(clip.mask_1)
+    monkeypatch.setattr(attention_regions, "regions_from_attention", lambda *_, **__: [whole])
+    every, union, _ = found(clip, inverted)
+    assert len(every) == 1 and torch.equal(union, torch.zeros_like(whole))
 
 
 def test_regions_of_attention_are_named_by_lines(clip, inverted):

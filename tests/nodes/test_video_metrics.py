@@ -125,7 +125,7 @@ def test_several_edits_are_measured_as_each_alone():
     together = compare(source, edits, prompt="grey", mask=mask, clip=Clip(), clip_vision=Vision())
     alone = [measure(source, e, prompt="grey", mask=mask, clip=Clip(), clip_vision=Vision()) for e in edits]
     assert together == alone
-    with pytest.raises(ValueError, match="edit 2: its shape"):
+    with pytest.raises(ValueError, match="edit1: its shape"):
         compare(source, [edit, edit[:2]])
 
 
@@ -148,12 +148,12 @@ def test_compare_edits_marks_the_best_and_names_the_edits(unsaved, monkeypatch):
     edits = {"edit0": edit, "edit1": source.flip(2), "edit2": None}
     _, chart, film, data = CompareEdits.execute(source, edits, names="masked\n", mask=mask).args
     cells, heads, bold = tables[0]
-    assert heads == ("metric", "masked", "edit 2", "")
+    assert heads == ("metric", "masked", "edit1", "")
     rows = [cell[0] for cell in cells]
     assert bold[rows.index("background PSNR, dB")] == 1 and bold[rows.index("motion error, px")] == 1
     assert rows.index("Q-edit") not in bold and "connect CLIP Vision" in cells[0][-1]
     found = json.loads(data)
-    assert found["masked"]["background PSNR, dB"] == 100 and found["edit 2"]["background PSNR, dB"] < 30
+    assert found["masked"]["background PSNR, dB"] == 100 and found["edit1"]["background PSNR, dB"] < 30
     assert chart.shape[-1] == 3 and film.shape == (FRAMES, SIDE, 2 * SIDE, 3)
     for names, message in (("a\nb\nc", "there are 3, one a line, for 2 edits"), ("a\na", "one is there twice")):
         with pytest.raises(ValueError, match=f"names: {message}"):
