@@ -1,11 +1,12 @@
 """Memory that a gradient through each family takes at its real size, predicted without weights.
 
-    python benchmarks/family_memory.py [--frames 17] [--height 320] [--width 512] [--json PATH]
+    python benchmarks/family_memory.py [--frames 17] [--height 320] [--width 512] [--json PATH] [--write]
 
 The network is built on the meta device and run once on shapes alone, and `host.memory.ActivationMeter` counts what its
 modules put out in bfloat16: what *STR Latent Optimizer* predicts before its first step. plain: all activations kept;
 low: block checkpointing (**memory** *low*); STR: up to the last block that the score looks at, which is where its pass
 ends. Weights and the score's own tiles are not in it. Mochi is missing: it reads values of the prompt's mask.
+AnimateDiff's attention over time is another pack's. --write puts the README's table into it.
 """
 # ruff: noqa: E402 (the pack is loaded before it is imported)
 
@@ -37,6 +38,9 @@ from spacetime_edit.host.memory import ActivationMeter
 META = {"device": "meta", "dtype": torch.bfloat16, "operations": comfy.ops.disable_weight_init}
 ROWS = {family.name: family for family in FAMILIES}
 GIB = 2**30
+README = Path(__file__).resolve().parents[1] / "README.md"
+BEGIN, END = "<!-- memory -->", "<!-- end of memory -->"
+KNOWN_AS = {"SD 1.5": "SD 1.5, inflated"}
 SD = dict(
     image_size=32, in_channels=4, out_channels=4, model_channels=320, num_res_blocks=[2] * 4, channel_mult=[1, 2, 4, 4],
     num_heads=8, use_spatial_transformer=True, context_dim=768, transformer_depth=[1] * 6 + [0] * 2,
@@ -47,6 +51,12 @@ ZEROSCOPE = dict(
     attention_head_dim=64, layers_per_block=2, norm_num_groups=32,
     down_block_types=["CrossAttnDownBlock3D"] * 3 + ["DownBlock3D"],
     up_block_types=["UpBlock3D"] + ["CrossAttnUpBlock3D"] * 3,
+)  # fmt: skip
+SVD = SD | dict(
+    in_channels=8, num_heads=-1, num_head_channels=64, context_dim=1024, use_linear_in_transformer=True,
+    num_classes="sequential", adm_in_channels=768, extra_ff_mix_layer=True, use_spatial_context=True,
+    merge_strategy="learned_with_images", merge_factor=0.0, video_kernel_size=[3, 1, 1], use_temporal_resblock=True,
+    use_temporal_attention=True, disable_temporal_crossattention=False,
 )  # fmt: skip
 LAVIE = dict(
     in_channels=4, out_channels=4, block_out_channels=[320, 640, 1280, 1280], cross_attention_dim=768,
@@ -79,6 +89,13 @@ def u_net(build, channels: int, text: int):
     return run
 
 
+def svd(frames: int, height: int, width: int):
+    network = UNetModel(**SVD, **META)
+    x, context, about = meta((frames, 8, height // 8, width // 8)), meta((frames, 1, 1024)), meta((frames, 768))
+    options = {"num_video_frames": frames, "image_only_indicator": meta((1, frames))}
+    return network, lambda: network(x, meta((frames,)), context, about, transformer_options=dict(OPTIONS), **options)
+
+
 def transformer(build, channels: int, text: int, step: int, cell: int, tokens: int, **more):
     def run(frames: int, height: int, width: int):
         network = build()
@@ -100,10 +117,20 @@ MODELS = {  # name: (family, how to build and run it)
     "Zeroscope": ("UNet3D (Zeroscope, ModelScope)", u_net(lambda: unet3d_model.build(ZEROSCOPE), 4, 1024)),
     "LaVie": ("LaVie", u_net(lambda: lavie_model.build(LAVIE), 4, 768)),
     "SD 1.5": ("SD 1.5", u_net(lambda: UNetModel(**SD, **META), 4, 768)),
+    "Stable Video Diffusion": ("Stable Video Diffusion", svd),
     "CogVideoX 5B": (
         "CogVideoX",
         transformer(
             lambda: CogVideoXTransformer3DModel(48, 64, num_layers=42, use_rotary_positional_embeddings=True, **META),
+            16, 4096, 4, 8, 226,
+        ),
+    ),
+    "CogVideoX 1.5 5B": (
+        "CogVideoX",
+        transformer(
+            lambda: CogVideoXTransformer3DModel(
+                48, 64, num_layers=42, patch_size_t=2, use_rotary_positional_embeddings=True, **META
+            ),
             16, 4096, 4, 8, 226,
         ),
     ),
@@ -176,12 +203,24 @@ def last_block(family) -> str | None:
     return path if family.patched else None
 
 
+def markdown(report: dict[str, dict[str, float]], size: str) -> str:
+    """The README's table; of U-Nets, whose score looks at late blocks too, the whole pass is what the score takes."""
+    rows = [f"| {size}, GiB | whole pass | with **memory** *low* | STR | STR, *low* |", "|---" * 5 + "|"]
+    for name, values in report.items():
+        of_score = [values["STR plain"], values["STR low"]] if ROWS[MODELS[name][0]].patched else ["", ""]
+        cells = [values["plain"], values["low"], *of_score]
+        shown = " | ".join(f"{cell:.1f}" if cell != "" else "" for cell in cells)
+        rows.append(f"| {KNOWN_AS.get(name, name)} | {shown} |")
+    return "\n".join(rows)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--frames", type=int, default=17)
     parser.add_argument("--height", type=int, default=320)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--write", action="store_true", help="into README.md")
     arguments = parser.parse_args()
     size = arguments.frames, arguments.height, arguments.width
     print(f"{arguments.frames} frames of {arguments.width} x {arguments.height}, bfloat16, GiB beyond the weights\n")
@@ -197,6 +236,11 @@ def main() -> int:
         print(f"{name:22}{whole[0]:9.1f}{whole[1]:9.1f}{score[0]:12.1f}{score[1]:10.1f}", flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    if arguments.write:
+        text = README.read_text(encoding="utf-8")
+        before, _, rest = text.partition(BEGIN)
+        table = markdown(report, f"{arguments.frames} frames of {arguments.width} x {arguments.height}")
+        README.write_text(f"{before}{BEGIN}\n{table}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
     return 0
 
 

@@ -15,6 +15,7 @@ import nodes
 import torch
 from comfy.patcher_extension import WrappersMP
 from safetensors.torch import save_file
+from spacetime_edit.host.animatediff import SLOT
 from spacetime_edit.host.gradients import FUSED_KERNELS
 from spacetime_edit.host.loaders import lavie_model, show1_model, t5_text
 from spacetime_edit.host.loaders.diffusers_folder import EMBEDDED_PATH, ModelFolder
@@ -145,9 +146,10 @@ COGVIDEOX = dict(
 )
 
 
-def cogvideox_pieces(folder, context=32, **options):
+def cogvideox_pieces(folder, context=32, layers=2, **options):
     """diffusers' CogVideoX, tiny, with random weights, and its two files, as released; context: width of prompts."""
-    net = diffusers.CogVideoXTransformer3DModel(**COGVIDEOX, text_embed_dim=context, **options).eval()
+    sizes = COGVIDEOX | {"num_layers": layers}
+    net = diffusers.CogVideoXTransformer3DModel(**sizes, text_embed_dim=context, **options).eval()
     weights = random_weights(net)
     net.load_state_dict(weights)
     names = sorted(weights)
@@ -258,6 +260,7 @@ class Untouched:
             "identity of the weights": {name: id(weight) for name, weight in weights.items()},
             "values of the weights": {name: weight.clone() for name, weight in weights.items()},
             "kind of the weights": {n: (w.is_inference(), w.requires_grad, w.dtype) for n, w in weights.items()},
+            "kernels of AnimateDiff": [id(vars(m)[SLOT]) for m in network.modules() if SLOT in vars(m)],
             "in_training": management.in_training,
             "interrupt flag": management.processing_interrupted(),
             "kitchen functions": [getattr(comfy_kitchen, name, None) for name in FUSED_KERNELS],

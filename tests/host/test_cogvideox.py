@@ -1,11 +1,15 @@
 """CogVideoX from diffusers' files, against diffusers' own network."""
 
+import comfy.samplers
 import folder_paths
 import pytest
 import torch
 from safetensors.torch import save_file
+from spacetime_edit.host.inversion import invert
 from spacetime_edit.host.loaders import cogvideox
 from spacetime_edit.host.loaders.diffusers_folder import ModelFolderError
+from spacetime_edit.host.relevance_matching import RelevanceMatching, str_score_of
+from spacetime_edit.host.sampling import TrajectorySampler
 from spacetime_edit.tests.host import support
 
 KINDS = {"1.0": {}, "1.5": {"patch_size_t": 2}}
@@ -73,3 +77,49 @@ def test_other_files_are_refused_with_what_they_hold(tmp_path):
 def test_weights_are_kept_as_asked(released, dtype):
     model = cogvideox.load_cogvideox(released[1], weight_dtype=dtype)
     assert model.model.diffusion_model.blocks[0].q.weight.dtype == cogvideox.WEIGHT_DTYPES[dtype]
+
+
+# --- what a fixture of one size in `test_families` does not show --------
+
+
+def conditioning(seed=0):
+    return [[torch.randn(1, 7, 32, generator=torch.Generator().manual_seed(seed)), {}]]
+
+
+def sigmas_of(model, steps):
+    return comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", steps)
+
+
+def test_the_score_looks_at_the_first_two_blocks(tmp_path):
+    _, paths = support.cogvideox_pieces(tmp_path, layers=4)
+    model = cogvideox.load_cogvideox(paths)
+    trajectory = invert(model, conditioning(), 0.1 * torch.randn(1, 16, 3, 8, 8), sigmas_of(model, 2), refinements=0)
+    assert str_score_of(trajectory).blocks == {"b0", "b1"}
+    assert str_score_of(trajectory, "b2-b3").blocks == {"b2", "b3"}
+
+
+@pytest.mark.parametrize("frames", [3, 4, 5])
+def test_an_odd_number_of_latent_frames_in_joined_pairs(tmp_path, frames):
+    """CogVideoX 1.5 joins two latent frames in a token; 81 frames of a clip are 21."""
+    _, paths = support.cogvideox_pieces(tmp_path, patch_size_t=2)
+    model = cogvideox.load_cogvideox(paths)
+    clip = 0.1 * torch.randn(1, 16, frames, 8, 8)
+    trajectory = invert(model, conditioning(), clip, sigmas_of(model, 2), refinements=0)
+    guider = support.guider_of(model, conditioning(1), conditioning(2), 2.0)
+    empty, matching = torch.zeros(clip.shape), RelevanceMatching(str_score_of(trajectory), 0.01)
+    sampler = TrajectorySampler(trajectory, before_step=[matching])
+    out = guider.sample(empty, empty, sampler, trajectory.sigmas, disable_pbar=True, seed=0)
+    assert out.shape == clip.shape and out.isfinite().all()
+
+
+def test_an_image_to_video_model_without_its_picture_is_refused(tmp_path):
+    _, paths = support.cogvideox_pieces(tmp_path, in_channels=32)
+    model = cogvideox.load_cogvideox(paths)
+    with pytest.raises(ValueError, match="positive: this CogVideoX model draws on from a picture .*32 channels"):
+        invert(model, conditioning(), torch.randn(1, 16, 3, 8, 8), sigmas_of(model, 2))
+
+
+def test_latents_of_another_model_are_refused(released):
+    model = cogvideox.load_cogvideox(released[1])
+    with pytest.raises(ValueError, match=r"^latent: its shape .* with 16 channels"):
+        invert(model, conditioning(), torch.randn(1, 4, 3, 8, 8), sigmas_of(model, 2))

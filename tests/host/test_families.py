@@ -125,6 +125,11 @@ def test_every_attention_is_classified(family, model):
         )
         assert len(call.rows) == call.query.shape[0]
         if not family.patched:
+            assert call.grid[1:] in [tuple(side // 2**k for side in family.grid[1:]) for k in range(3)]
+            places, prompts = call.grid[1] * call.grid[2], len(call.rows) // 2
+            of_kind = {"spatial": (places, places), "cross": (places, family.words), "temporal": (call.grid[0],) * 2}
+            assert (call.query.shape[2], call.key.shape[2]) == of_kind[call.kind]
+            assert prompts == (places if call.kind == "temporal" else call.grid[0])
             continue
         assert call.grid == family.grid
         frames, height, width = family.grid
@@ -397,6 +402,25 @@ def inverted(family, model):
     """A trajectory of 16 steps, of a clip that is not pure noise to the model."""
     with torch.inference_mode():
         return invert(model, family.conditioning(), 0.5 * family.clip(), sigmas_of(model, 16), refinements=6)
+
+
+@pytest.mark.parametrize("cfg", [1.0, 2.0])
+def test_regions_and_matching_act_together_in_a_run(family, model, inverted, cfg):
+    """Three steps of a sampler, with guidance and without: each of the two changes what the other gives."""
+    if lacks_for_relevance(model):
+        pytest.skip("has no STR score")
+    last = inverted.sigmas[-4:]
+    matching = RelevanceMatching(str_score_of(inverted), max(family.step, 1e-3))
+    patched = patch_regions(model, RegionModulation(halves(family), end=1.0, self_strength=3.0, cross_strength=3.0))
+
+    def made(model, *before_step):
+        guider = support.guider_of(model, family.conditioning(1), family.conditioning(2) if cfg > 1 else None, cfg)
+        empty = torch.zeros(inverted.shape)
+        sampler = TrajectorySampler(inverted, before_step=before_step)
+        return guider.sample(empty, empty, sampler, last, disable_pbar=True, seed=0)
+
+    both, regions, matched = made(patched, matching), made(patched), made(model, matching)
+    assert both.isfinite().all() and not torch.equal(both, regions) and not torch.equal(both, matched)
 
 
 def sampled(model, family, trajectory, before_step=(), *, positive=None, cfg=2.0):
@@ -850,7 +874,7 @@ def test_masks_follow_animatediffs_own_windows(family, model):
 
 def test_a_lora_before_or_after_the_patch_is_the_same(family, model):
     matrices = (n for n, w in model.model.diffusion_model.named_parameters() if w.ndim == 2 and n.endswith("weight"))
-    weight_name = next(name for name in matrices if "blocks" in name)
+    weight_name = [name for name in matrices if "blocks" in name and not name.startswith("motion")][-1]
     weight = model.model.diffusion_model.get_parameter(weight_name)
     key = f"diffusion_model.{weight_name}"
     patch = {key: ("diff", (torch.randn(weight.shape),))}
@@ -865,3 +889,11 @@ def test_a_lora_before_or_after_the_patch_is_the_same(family, model):
     a, b = predicted(after, family), predicted(before, family)
     assert torch.equal(a, b)
     assert not torch.equal(a, predicted(patch_regions(model, modulation), family))
+    changed = family.model()  # and gradients are those of a model whose weights are so
+    with torch.no_grad():
+        changed.model.diffusion_model.get_parameter(weight_name).add_(patch[key][1][0])
+    expected = gradient(changed, family, family.clip())[1]
+    effect = support.relative(gradient(model, family, family.clip())[1], expected)
+    for low_memory in (False, True):
+        found = gradient(with_lora(model), family, family.clip(), low_memory=low_memory)[1]
+        assert effect > 0 and support.relative(found, expected) <= 0.05 * effect
