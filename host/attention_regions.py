@@ -11,6 +11,8 @@ from torch.nn.functional import interpolate
 from ..core.clustering import MAX_TOKENS, attention_profiles, cluster_layout, on_grid
 from ..core.trajectory import Trajectory
 from .attention_tap import AttentionCall
+from .families import Kind, family_of, patch_size, space_kinds
+from .latents import frame_count, token_frames
 from .relevance_preview import chosen_blocks, nearest_step, show_to
 
 PERCENTS = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -25,15 +27,21 @@ def regions_from_attention(
     seed: int,
     instances: bool = True,
     layers: str = "",
+    frames: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Tensor]:
     """Masks (F, H, W) of 0 and 1 at `size`, which cover the clip without overlap, the largest first.
 
     clusters: kinds of things to tell apart; instances: things of one kind that do not touch are regions of their own.
-    layers: blocks such as "u2-u3"; empty: those of the finest grid with at most 1024 tokens a frame. Holds a table of
-    all tokens by at most 4096 places of the clip. ValueError for layers that the model has not.
+    layers: blocks such as "u2-u3"; empty: those of the finest grid with at most 1024 tokens a frame, or all of a
+    transformer. frames: of the clip; None: the latent's. Holds a table of all tokens by at most 4096 places of the
+    clip. ValueError for layers that the model has not.
     """
-    recorder = ProfileRecorder(tuple(trajectory.shape[-2:]), chosen_blocks(layers, trajectory.model))
+    model, clean = trajectory.model, trajectory.clean
+    blocks, shown = chosen_blocks(layers, model), token_frames(frames or frame_count(clean), clean, model)
+    patch = (1, 1) if family_of(model).patched is None else patch_size(model.model.diffusion_model)[1:]
+    finest = tuple(-(-side // cell) for side, cell in zip(clean.shape[-2:], patch, strict=True))
+    recorder = ProfileRecorder(finest, blocks, space_kinds(model))
     steps = {nearest_step(trajectory, percent): percent for percent in PERCENTS}
     for done, percent in enumerate(steps.values()):
         comfy.model_management.throw_exception_if_processing_interrupted()
@@ -42,7 +50,7 @@ def regions_from_attention(
     generator = torch.Generator().manual_seed(seed)
     masks = cluster_layout(recorder.profiles, recorder.grid, clusters, generator, instances=instances)
     large = interpolate(torch.stack(masks), size, mode="bilinear")  # (K, F, H, W)
-    owner = large.argmax(0)
+    owner = large.argmax(0)[shown]
     return [(owner == k).float() for k in range(len(masks))]
 
 
@@ -50,17 +58,19 @@ def regions_from_attention(
 class ProfileRecorder:
     """A listener that sums up how tokens attend over the clip; it keeps no query and no key.
 
-    size: of the latent. blocks: names of those to look at; None: those on `grid`.
+    size: of a frame's finest tokens. blocks: names of those to look at; None: those on `grid`, or all of a transformer.
+    kinds: of the attention.
     """
 
     size: tuple[int, int]
     blocks: frozenset[str] | None
+    kinds: tuple[Kind, ...] = ("spatial",)
     layers: int = 0
     total: Tensor | float = 0.0
 
     @property
     def grid(self) -> tuple[int, int]:
-        """The latent's, halved, rounding up, until a frame has at most 1024 tokens."""
+        """The finest, halved, rounding up, until a frame has at most 1024 tokens."""
         height, width = self.size
         while height * width > MAX_TOKENS:
             height, width = (height + 1) // 2, (width + 1) // 2
@@ -77,8 +87,9 @@ class ProfileRecorder:
 
     def __call__(self, call: AttentionCall) -> None:
         own = call.grid[1:]
-        wanted = own == self.grid if self.blocks is None else call.layer.block in self.blocks
-        if call.kind == "spatial" and wanted:
-            query, key = (on_grid(t, own, self.grid) for t in (call.query, call.key))
+        found = own == self.grid or call.run.patch is not None
+        wanted = found if self.blocks is None else call.layer.block in self.blocks
+        if call.kind in self.kinds and wanted:
+            query, key = (on_grid(call.of_clip(t), own, self.grid) for t in (call.query, call.key))
             self.total = self.total + attention_profiles(query, key, self.grid, call.scale).cpu()
             self.layers += 1

@@ -298,14 +298,14 @@ def patch_size(network: Module) -> tuple[int, int, int]:
     return getattr(network, "patch_size_t", None) or getattr(network, "patch_temporal", 1), size, size
 
 
-def refuse_transformer(model, name: str) -> None:
-    """ValueError for a ModelPatcher whose attention spans space and time, naming the input `name`."""
-    family = family_of(model)
-    if family.patched is not None:
-        raise ValueError(
-            f"{name}: attention of {family.name} sees all frames at once, which this node cannot show yet; use a model "
-            f"such as Zeroscope, LaVie or SD 1.5 here"
-        )
+def space_kinds(model) -> tuple[Kind, ...]:
+    """Kinds of attention of a ModelPatcher in which the tokens of a frame see one another, prompt apart in U-Nets."""
+    return IN_SPACE if family_of(model).patched is not None else ("spatial",)
+
+
+def text_kinds(model) -> tuple[Kind, ...]:
+    """Kinds of attention of a ModelPatcher in which the clip sees the prompt's tokens, and they have places."""
+    return ("cross", "joint") if family_of(model).patched is not None else ("cross",)
 
 
 _layers: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # by network: every step asks, and a walk takes time

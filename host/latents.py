@@ -5,12 +5,29 @@ import math
 from torch import Tensor
 
 from ..core.masks import latent_mask
-from .families import family_of
+from .families import family_of, patch_size
 
 
 def frame_count(latent: Tensor) -> int:
     """Latent frames of one clip."""
     return latent.shape[0] if latent.ndim == 4 else latent.shape[2]
+
+
+def token_frames(frames: int, latent: Tensor, model) -> list[int]:
+    """For each of a clip's frames the frame of tokens in which the model sees it.
+
+    ValueError unless the clip has the latent's frames, or those that it was encoded from.
+    """
+    latents, family = frame_count(latent), family_of(model)
+    together = family.frame_rule[0]
+    if frames not in (latents, together * (latents - 1) + 1):
+        raise ValueError(
+            f"images: they are {frames}, the trajectory has {latents} latent frames of a clip of "
+            f"{together * (latents - 1) + 1}; connect the clip that was encoded for Invert Video"
+        )
+    of_latents = range(frames) if frames == latents else [-(-frame // together) for frame in range(frames)]
+    joined = 1 if family.patched is None else patch_size(model.model.diffusion_model)[0]
+    return [frame // joined for frame in of_latents]
 
 
 def mask_like(mask: Tensor, latent: Tensor) -> Tensor:

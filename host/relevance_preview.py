@@ -16,9 +16,9 @@ from ..core.parametrization import noise_fraction
 from ..core.propagation import cross_frame_relevance, point_region, region_weight
 from ..core.trajectory import Trajectory
 from .attention_tap import AttentionCall, AttentionTap, Listener
-from .families import attention_layers, refuse_transformer, select_blocks
+from .families import Kind, attention_layers, select_blocks, space_kinds
 from .gradients import predict
-from .latents import frame_count
+from .latents import frame_count, token_frames
 from .relevance_matching import leading_cond
 from .sampling import SOURCE_RUN
 
@@ -26,16 +26,27 @@ LUMINANCE = torch.tensor([0.299, 0.587, 0.114])
 """Weights of red, green and blue in the brightness of a picture (ITU-R BT.601)."""
 
 
-def relevance_of(region: Tensor, frame: int, trajectory: Trajectory, *, percent: float, layers: str = "") -> Tensor:
+def relevance_of(
+    region: Tensor,
+    frame: int,
+    trajectory: Trajectory,
+    *,
+    percent: float,
+    layers: str = "",
+    frames: int | None = None,
+) -> Tensor:
     """Relevance (F, H, W) of every pixel to `region` (H, W) of one frame; 1 is that of uniform attention.
 
     `cross_frame_relevance`, averaged over layers. percent: progress of denoising in [0, 1]; the inverted latent
     nearest to it is looked at. layers: blocks such as "u2-u3"; empty: those at the latent's own resolution, which
-    place an object best. ValueError for layers that the model has not.
+    place an object best, or all of a transformer. frames: of the clip; None: the latent's. ValueError for layers that
+    the model has not.
     """
-    recorder = RelevanceRecorder(region, frame, chosen_blocks(layers, trajectory.model))
+    model = trajectory.model
+    shown = token_frames(frames or frame_count(trajectory.clean), trajectory.clean, model)
+    recorder = RelevanceRecorder(region, shown[frame], chosen_blocks(layers, model), space_kinds(model))
     show_to(recorder, trajectory, percent)
-    return recorder.relevance
+    return recorder.relevance[shown]
 
 
 def show_to(listener: Listener, trajectory: Trajectory, percent: float, *, model=None, positive=None) -> None:
@@ -53,14 +64,14 @@ def show_to(listener: Listener, trajectory: Trajectory, percent: float, *, model
 
 
 def chosen_blocks(layers: str, model) -> frozenset[str] | None:
-    refuse_transformer(model, "trajectory")
-    found = attention_layers(model).values()
+    """Of a list such as "u2-u3"; None: the node's own choice."""
+    found, kinds = attention_layers(model).values(), space_kinds(model)
     if "context_handler" in model.model_options:
         raise ValueError(
             "trajectory: its model has context windows, which show it only a part of the clip at a time; remove the "
             "context window node before Invert Video"
         )
-    return select_blocks(layers, {at.block for at in found if at.kind == "spatial"}) if layers.strip() else None
+    return select_blocks(layers, {at.block for at in found if at.kind in kinds}) if layers.strip() else None
 
 
 def query_region(
@@ -87,12 +98,8 @@ def query_region(
 def check_images(images: Tensor, trajectory: Trajectory) -> None:
     """ValueError unless `images` (F, H, W, 3) has the trajectory's frames and, to a latent cell, its aspect ratio."""
     latent = trajectory.clean
-    frames, (height, width) = frame_count(latent), latent.shape[-2:]
-    if images.shape[0] != frames:
-        raise ValueError(
-            f"images: they are {images.shape[0]}, the trajectory has {frames} frames; connect the clip that was "
-            f"encoded for Invert Video"
-        )
+    height, width = latent.shape[-2:]
+    token_frames(len(images), latent, trajectory.model)
     tall, wide = images.shape[1:3]
     if abs(wide * height / tall - width) >= 1 and abs(tall * width / wide - height) >= 1:
         cell = trajectory.model.model.latent_format.spacial_downscale_ratio
@@ -126,21 +133,24 @@ def heat_map(relevance: Tensor, images: Tensor, opacity: float) -> Tensor:
 class RelevanceRecorder:
     """A listener that sums up each layer's relevance as the layer runs; it keeps no query and no key.
 
-    region: (H, W) in [0, 1]; blocks: names of those to look at, None: those at the latent's own resolution.
+    region: (H, W) in [0, 1] of the tokens' frame `frame`; blocks: names of those to look at, None: those at the
+    latent's own resolution, or all of a transformer; kinds: of the attention.
     """
 
     region: Tensor
     frame: int
     blocks: frozenset[str] | None
+    kinds: tuple[Kind, ...] = ("spatial",)
     layers: list[str] = field(default_factory=list)
     total: Tensor | float = 0.0
 
     def __call__(self, call: AttentionCall) -> None:
-        wanted = call.at_latent_resolution if self.blocks is None else call.layer.block in self.blocks
-        if call.kind == "spatial" and wanted:
+        finest = call.at_latent_resolution or call.run.patch is not None
+        wanted = finest if self.blocks is None else call.layer.block in self.blocks
+        if call.kind in self.kinds and wanted:
             frames, height, width = call.grid
-            weight = region_weight(self.region, height, width)
-            relevance = cross_frame_relevance(call.query, call.key, weight, self.frame, scale=call.scale)
+            weight, own = region_weight(self.region, height, width), (call.of_clip(t) for t in (call.query, call.key))
+            relevance = cross_frame_relevance(*own, weight, self.frame, scale=call.scale)
             maps = relevance.view(frames, 1, height, width)
             self.total = self.total + interpolate(maps, self.region.shape, mode="bilinear")[:, 0].cpu()
             self.layers.append(call.layer.path)

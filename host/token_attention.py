@@ -8,7 +8,8 @@ from torch.nn.functional import interpolate
 
 from ..core.trajectory import Trajectory
 from .attention_tap import AttentionCall
-from .families import attention_layers, refuse_transformer, select_blocks
+from .families import Kind, attention_layers, select_blocks, text_kinds
+from .latents import frame_count, token_frames
 from .region_prompt import Layout, positions_in
 from .relevance_preview import show_to
 
@@ -26,40 +27,47 @@ def token_attention(
     percent: float,
     model=None,
     layers: str = "",
+    frames: int | None = None,
 ) -> Tensor:
-    """Share of each pixel's cross-attention that words of the layout's prompt get: (F, H, W) in [0, 1].
+    """Share of each pixel's attention that words of the layout's prompt get: (F, H, W) in [0, 1].
+
+    Of its attention to the prompt, or where one attention reads prompt and clip together, of all of it.
 
     The model sees the inverted latent nearest to `percent` with the prompt `positive` of the edit; `model`: with its
     patches, else as it was inverted. Mean over heads and over the layers chosen, blocks such as "u2-u3"; empty: the two
-    finest resolutions. ValueError for words that are not in the prompt, layers that the model has not, models without
-    cross-attention, and another model than the one that was inverted.
+    finest resolutions, or all of a transformer. frames: of the clip; None: the latent's. ValueError for words that are
+    not in the prompt, layers that the model has not, models without cross-attention, and another model than the one
+    that was inverted.
     """
     if model is not None and not model.is_clone(trajectory.model):
         raise ValueError(
             "model: it is not the one that was inverted; connect the same loader to both, and the patch after"
         )
-    refuse_transformer(trajectory.model, "trajectory")
-    blocks = {at.block for at in attention_layers(trajectory.model).values() if at.kind == "cross"}
+    shown = token_frames(frames or frame_count(trajectory.clean), trajectory.clean, trajectory.model)
+    kinds = text_kinds(trajectory.model)
+    blocks = {at.block for at in attention_layers(trajectory.model).values() if at.kind in kinds}
     if not blocks:
         raise ValueError("trajectory: its model has no cross-attention, so no word has a place of its own in it")
     chosen = select_blocks(layers, blocks) if layers.strip() else None
     places = positions_in(layout, words)
-    recorder = WordRecorder(tuple(places), layout.length, size, chosen)
+    recorder = WordRecorder(tuple(places), layout.length, size, chosen, kinds)
     show_to(recorder, trajectory, percent, model=model, positive=positive)
-    return recorder.attention
+    return recorder.attention[shown]
 
 
 @dataclass
 class WordRecorder:
     """A listener that sums up the attention to some text tokens, as the model computes it, patches included.
 
-    places: among the prompt's `length` tokens; size: (H, W) of the result; blocks: names of those to look at.
+    places: among the prompt's `length` tokens; size: (H, W) of the result; blocks: names of those to look at; kinds: of
+    the attention.
     """
 
     places: tuple[int, ...]
     length: int
     size: tuple[int, int]
     blocks: frozenset[str] | None
+    kinds: tuple[Kind, ...] = ("cross",)
     layers: int = 0
     total: Tensor | float = 0.0
 
@@ -74,22 +82,32 @@ class WordRecorder:
 
     def __call__(self, call: AttentionCall) -> None:
         wanted = call.level <= COARSEST if self.blocks is None else call.layer.block in self.blocks
-        if call.kind != "cross" or not wanted:
+        if call.kind not in self.kinds or not wanted:
             return
-        keys = call.key.shape[2]
-        if keys % self.length:
+        first, keys = self._text_of(call)
+        if keys % self.length and not (call.run.crops_text and max(self.places) < keys < self.length):
             raise ValueError(
                 f"layout: it was made for {self.length} text tokens, the model gets {keys}; connect the CONDITIONING "
                 f"of the same Encode Regional Prompt as positive"
             )
         share = torch.zeros_like(call.value)  # attention to what says 1 at the words and 0 elsewhere is their weight
-        share[:, :, [place + turn for turn in range(0, keys, self.length) for place in self.places], 0] = 1
+        share[:, :, [first + place + turn for turn in range(0, keys, self.length) for place in self.places], 0] = 1
         masked = {} if call.mask is None else {"attn_mask": call.mask}
-        weight = call.attend(call.query, call.key, share, scale=call.scale, **masked)[..., 0].mean(1)  # (F, N)
+        weight = call.attend(call.query, call.key, share, scale=call.scale, **masked)[..., 0].mean(1)
         frames, height, width = call.grid
+        if call.run.patch is not None:
+            before, clip, _ = call.parts(call.query)
+            weight = weight[:, before : before + clip]
         maps = weight.float().cpu().view(frames, 1, height, width)
         self.total = self.total + interpolate(maps, self.size, mode="bilinear")[:, 0]
         self.layers += 1
+
+    def _text_of(self, call: AttentionCall) -> tuple[int, int]:
+        """Where the prompt begins among the keys, and how many tokens it has."""
+        if call.kind == "cross":
+            return 0, call.key.shape[2]
+        before, clip, after = call.parts(call.key)
+        return (before + clip, after) if call.run.clip_at == "first" else (0, before)
 
 
 def share_inside(attention: Tensor, layout: Layout, words: str) -> float | None:

@@ -92,7 +92,7 @@ class PreviewRelevance(io.ComfyNode):
                     advanced=True,
                     tooltip="Blocks whose attention to use, such as d0,u2-u3 (d = down, m = middle, u = up, counted "
                     "over the blocks with attention). Empty: those at the finest resolution, which place an object "
-                    "best.",
+                    "best; of a transformer (b0, b1, ...) all.",
                 ),
             ],
             outputs=[
@@ -120,6 +120,6 @@ class PreviewRelevance(io.ComfyNode):
         from ..host.relevance_preview import heat_map, query_region, relevance_of
 
         region = query_region(images, trajectory, x=x, y=y, frame=frame, mask=mask)
-        relevance = relevance_of(region, frame, trajectory, percent=percent, layers=layers)
+        relevance = relevance_of(region, frame, trajectory, percent=percent, layers=layers, frames=len(images))
         shown = heat_map(relevance, images, opacity)
         return io.NodeOutput(shown, relevant_region(relevance, threshold), ui=ui.PreviewImage(shown, cls=cls))

@@ -55,7 +55,8 @@ class PreviewTokenAttention(io.ComfyNode):
                     default="",
                     advanced=True,
                     tooltip="Blocks whose attention to use, such as d0,u2-u3 (d = down, m = middle, u = up, counted "
-                    "over the blocks with attention). Empty: those at the two finest resolutions.",
+                    "over the blocks with attention). Empty: those at the two finest resolutions; of a "
+                    "transformer (b0, b1, ...) all.",
                 ),
             ],
             outputs=[
@@ -89,7 +90,7 @@ class PreviewTokenAttention(io.ComfyNode):
 
         check_images(images, trajectory)
         models = {"without the patch": None} | ({} if model is None else {"with it": model})
-        options = dict(percent=percent, layers=layers)
+        options = dict(percent=percent, layers=layers, frames=len(images))
         maps = [
             token_attention(trajectory, positive, layout, words, tuple(images.shape[1:3]), model=m, **options)
             for m in models.values()

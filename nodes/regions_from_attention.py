@@ -56,7 +56,8 @@ class RegionsFromAttention(io.ComfyNode):
                     default="",
                     advanced=True,
                     tooltip="Blocks whose attention to use, such as d0,u2-u3 (d = down, m = middle, u = up, counted "
-                    "over the blocks with attention). Empty: those of the finest resolution with at most 1024 cells.",
+                    "over the blocks with attention). Empty: those of the finest resolution with at most 1024 "
+                    "cells; of a transformer (b0, b1, ...) all.",
                 ),
             ],
             outputs=[
@@ -97,6 +98,7 @@ class RegionsFromAttention(io.ComfyNode):
             seed=seed,
             instances=split,
             layers=layers,
+            frames=len(images),
             progress=bar.update_absolute,
         )
         lines = [line.strip() for line in phrases.rstrip().split("\n")]

@@ -21,6 +21,7 @@ from spacetime_edit.core.parametrization import noise_fraction
 from spacetime_edit.core.regions import Region, membership, partition
 from spacetime_edit.core.relevance import matching_loss
 from spacetime_edit.host import checkpointing, distillation, relevance_matching
+from spacetime_edit.host.attention_regions import regions_from_attention
 from spacetime_edit.host.attention_tap import AttentionTap
 from spacetime_edit.host.checkpointing import checkpointed
 from spacetime_edit.host.conditioning import PICTURE
@@ -41,7 +42,7 @@ from spacetime_edit.host.memory import ActivationMeter
 from spacetime_edit.host.region_patch import RegionModulation, patch_regions
 from spacetime_edit.host.region_prompt import Layout
 from spacetime_edit.host.relevance_matching import RelevanceMatching, lacks_for_relevance, str_score_of
-from spacetime_edit.host.relevance_preview import chosen_blocks
+from spacetime_edit.host.relevance_preview import check_images, relevance_of, show_to
 from spacetime_edit.host.sampling import TrajectorySampler
 from spacetime_edit.host.token_attention import token_attention
 from spacetime_edit.host.trajectory_files import save_trajectory
@@ -618,12 +619,80 @@ def test_masks_follow_the_clip_or_the_latent(family, model):
         TrajectorySampler(trajectory, mask=torch.ones(frames + 1, 8, 8))
 
 
-def test_nodes_that_show_attention_refuse_a_transformer_by_name(family, model, transformer):
-    trajectory = invert(model, family.conditioning(), family.clip(), sigmas_of(model, 1))
-    with pytest.raises(ValueError, match=f"trajectory: attention of {family_of(model).name} sees all frames at once"):
-        chosen_blocks("", model)
-    with pytest.raises(ValueError, match="sees all frames at once"):
-        token_attention(trajectory, family.conditioning(), halves(family), "a", (8, 8), percent=0.5)
+@pytest.fixture
+def seen_clip(family, model, transformer):
+    """(frames of the clip, for each its frame of tokens, a trajectory of two steps)."""
+    own = family_of(model)
+    latents, together = family.shape[2], own.frame_rule[0]
+    joined = latents // family.grid[0]
+    of_tokens = [
+        (0 if frame == 0 else (frame - 1) // together + 1) // joined for frame in range(together * (latents - 1) + 1)
+    ]
+    return len(of_tokens), of_tokens, invert(model, family.conditioning(), family.clip(), sigmas_of(model, 2))
+
+
+def calls_at_the_start(trajectory):
+    """Of a pass over its noisiest latent."""
+    calls = []
+    show_to(calls.append, trajectory, 0.0)
+    return calls
+
+
+def test_relevance_of_a_point_is_cross_frame_attention(family, model, seen_clip):
+    """Against softmax written out per frame pair, in float64, in frames of the clip."""
+    frames, of_tokens, trajectory = seen_clip
+    count, height, width = family.grid
+    region, asked = torch.zeros(2 * height, 2 * width), frames - 1
+    region[1, 2] = 1
+    found = relevance_of(region, asked, trajectory, percent=0.0, frames=frames)
+    place, own = 1, of_tokens[asked]  # row 0, column 1 of tokens, two pixels a side each
+    total = torch.zeros(count, height * width, dtype=torch.float64)
+    calls = [call for call in calls_at_the_start(trajectory) if call.kind in ("spacetime", "joint")]
+    for call in calls:
+        q, k = (call.of_clip(t).double() for t in (call.query, call.key))
+        for j in range(count):
+            there = (q[own] @ k[j].mT * call.scale).softmax(-1)[:, place]
+            back = (q[j] @ k[own].mT * call.scale).softmax(-1)[:, :, place]
+            total[j] += height * width / 2 * (there + back).mean(0) / len(calls)
+    maps = torch.nn.functional.interpolate(total.view(count, 1, height, width), region.shape, mode="bilinear")[:, 0]
+    assert found.shape == (frames, *region.shape)
+    torch.testing.assert_close(found.double(), maps[of_tokens], rtol=1e-3, atol=1e-4)
+
+
+def test_attention_to_words_is_their_share_of_the_softmax(family, model, seen_clip):
+    frames, of_tokens, trajectory = seen_clip
+    count, height, width = family.grid
+    words = ("a", "red", "ball", "on", "a", "blue", "sea")
+    layout = replace(halves(family), words=words, tokenize=lambda text: text.split())
+    found = token_attention(
+        trajectory, family.conditioning(), layout, "blue sea", (height, width), percent=0.0, frames=frames
+    )
+    total = torch.zeros(count, height * width, dtype=torch.float64)
+    calls = [call for call in calls_at_the_start(trajectory) if call.kind in ("cross", "joint")]
+    for call in calls:
+        scores = call.query.double() @ call.key.double().mT * call.scale
+        weights = (scores if call.mask is None else scores + call.mask.double()).softmax(-1)
+        clip = len(total.flatten())
+        first = clip if call.kind == "joint" and family_of(model).patched == "first" else 0
+        queries = slice(0, clip) if call.kind == "cross" or first else slice(call.query.shape[2] - clip, None)
+        own = weights[0, :, queries, [first + 5, first + 6]].sum(-1).mean(0)
+        total += own.view(count, -1) / len(calls)
+    assert 0 < float(total.mean()) < 1
+    torch.testing.assert_close(found.double().flatten(1), total[of_tokens], rtol=1e-3, atol=1e-4)
+
+
+def test_regions_of_a_transformers_attention_have_the_clips_frames(family, model, seen_clip):
+    frames, of_tokens, trajectory = seen_clip
+    masks = torch.stack(regions_from_attention(trajectory, 2, (16, 16), seed=0, instances=False, frames=frames))
+    assert masks.shape[1:] == (frames, 16, 16) and masks.sum(0).eq(1).all() and len(masks) == 2
+    same = [f for f in range(1, frames) if of_tokens[f] == of_tokens[f - 1]]
+    assert all(torch.equal(masks[:, f], masks[:, f - 1]) for f in same) and same
+
+
+def test_a_clip_of_other_frames_is_refused(family, model, seen_clip):
+    frames, _, trajectory = seen_clip
+    with pytest.raises(ValueError, match=f"images: they are {frames + 1}, the trajectory has .* of a clip of {frames}"):
+        check_images(torch.zeros(frames + 1, 8, 8, 3), trajectory)
 
 
 @pytest.mark.parametrize("family", ["Wan", "CogVideoX 1.0", "UNet3D"], indirect=True, scope="module")
