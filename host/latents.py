@@ -20,10 +20,11 @@ def token_frames(frames: int, latent: Tensor, model) -> list[int]:
     """
     latents, family = frame_count(latent), family_of(model)
     together = family.frame_rule[0]
-    if frames not in (latents, together * (latents - 1) + 1):
+    clip = together * (latents - 1) + 1
+    if frames not in (latents, clip):
+        held = f"{clip} frames" + (f" ({latents} in the latent)" if clip != latents else "")
         raise ValueError(
-            f"images: they are {frames}, the trajectory has {latents} latent frames of a clip of "
-            f"{together * (latents - 1) + 1}; connect the clip that was encoded for Invert Video"
+            f"images: they are {frames}, the trajectory has {held}; connect the clip that was encoded for Invert Video"
         )
     of_latents = range(frames) if frames == latents else [-(-frame // together) for frame in range(frames)]
     joined = 1 if family.patched is None else patch_size(model.model.diffusion_model)[0]
