@@ -28,7 +28,12 @@ REGULAR = 1e-4
 
 
 def estimate_flow(first: Tensor, second: Tensor) -> Tensor:
-    """(2, H, W) in pixels: what is at x in `first` (H, W, 3) is at x + flow in `second`. Values in [0, 1]."""
+    """(2, H, W) in pixels: what is at x in `first` (H, W, 3) is at x + flow in `second`. Values in [0, 1].
+
+    ValueError for sides of less than 8 pixels, half of the window that is compared.
+    """
+    if min(first.shape[:2]) <= WINDOW[0] // 2:
+        raise ValueError(f"frames of {first.shape[1]} x {first.shape[0]} pixels are too small for an optical flow")
     a, b = (frame.float().mean(-1)[None, None] for frame in (first, second))
     pyramid = [(a, b)]
     while min(pyramid[-1][0].shape[-2:]) >= 2 * SMALLEST:

@@ -110,3 +110,9 @@ def test_the_picture_shows_direction_and_length():
     assert torch.allclose(picture[2], torch.tensor([0.5, 1, 0]), atol=1e-4)
     assert torch.allclose(picture[3], torch.tensor([1, 0.5, 0.5]), atol=1e-4)
     assert torch.allclose(flow_picture(flow, largest=4.0)[0, 1], torch.tensor([1, 0.5, 0.5]), atol=1e-4)
+
+
+def test_frames_smaller_than_the_window_are_refused():
+    with pytest.raises(ValueError, match="frames of 9 x 7 pixels are too small"):
+        estimate_flow(torch.rand(7, 9, 3), torch.rand(7, 9, 3))
+    assert estimate_flow(torch.rand(8, 9, 3), torch.rand(8, 9, 3)).isfinite().all()
