@@ -1,6 +1,6 @@
 """Memory that a gradient through each family takes at its real size, predicted without weights.
 
-    python benchmarks/family_memory.py [--frames 17] [--height 320] [--width 512] [--json PATH] [--write]
+    python benchmarks/family_memory.py [--frames 33] [--height 480] [--width 832] [--json PATH] [--write]
 
 The network is built on the meta device and run once on shapes alone, and `host.memory.ActivationMeter` counts what its
 modules put out in bfloat16: what *STR Latent Optimizer* predicts before its first step. plain: all activations kept;
@@ -216,9 +216,9 @@ def markdown(report: dict[str, dict[str, float]], size: str) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--frames", type=int, default=17)
-    parser.add_argument("--height", type=int, default=320)
-    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--frames", type=int, default=33)
+    parser.add_argument("--height", type=int, default=480)
+    parser.add_argument("--width", type=int, default=832)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--write", action="store_true", help="into README.md")
     arguments = parser.parse_args()

@@ -5,7 +5,7 @@ Shape letters: F frames of the masks, f frames of a token grid (h, w), N = h w t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -79,26 +79,32 @@ def partition(masks: Tensor) -> Tensor:
     return shares
 
 
-def _front_first(masks: Tensor) -> Iterator[int]:
-    """Numbers of the regions: always the last of those whose parts have all been."""
-    covered = [float(mask.sum()) for mask in masks]
+def _front_first(masks: Tensor) -> list[int]:
+    """Numbers of the regions: from the last to the first, each behind its parts."""
+    covered, order = [float(mask.sum()) for mask in masks], []
 
     def is_part(k: int, of: int) -> bool:
         return 0 < covered[k] < covered[of] and float(torch.minimum(masks[k], masks[of]).sum()) >= PART * covered[k]
 
-    parts = {k: {j for j in range(len(masks)) if is_part(j, k)} for k in range(len(masks))}
-    while parts:
-        front = max(k for k, own in parts.items() if not own & parts.keys())
-        yield front
-        del parts[front]
+    def put(k: int) -> None:
+        if k in order:
+            return
+        for part in reversed(range(len(masks))):
+            if is_part(part, k):
+                put(part)
+        order.append(k)
+
+    for k in reversed(range(len(masks))):
+        put(k)
+    return order
 
 
 def membership(layers: Tensor, grid: tuple[int, int, int], pooling: Pooling = "area") -> Tensor:
     """What of each token belongs to each layer (K, F, H, W): (f, N, K) in [0, 1] for a grid (f, h, w).
 
-    area: the share of the token's pixels. Of a partition the result sums to 1; a region that owns a pixel of a frame
-    but no more than less than a half of its best token there is scaled up to a half, at the cost of the others, so that
-    thin parts survive. max: the largest pixel. nearest: the top left pixel, as the public code takes it.
+    area: the share of the token's pixels. Of a partition the result sums to 1; a region that has at least a half of
+    some pixel of a frame, but less than a half of every token, is scaled up to a half in its best one, at the cost of
+    the others, so that thin parts survive. max: the largest pixel. nearest: the top left one, as the public code does.
     Masks have the clip's frames, or the latent's: see `in_latent_frames`.
     """
     frames, height, width = grid
@@ -165,20 +171,24 @@ def phrase_positions(
     prompt: Sequence[object],
     phrase: Sequence[object],
     occurrence: int = ONLY,
-    spellings: Sequence[Sequence[object]] = (),
+    *,
+    at_start: Sequence[object] = (),
+    starts: Collection[int] = (),
 ) -> list[int]:
     """Where the tokens of a phrase stand in a prompt; both hold token numbers, None where there is no word.
 
-    spellings: other tokens that the same phrase may have there. A phrase may run over places without a word, for
-    example from one chunk of 77 tokens to the next. Raises PhraseError where there is no such occurrence, or more than
-    one and none is chosen.
+    at_start: the tokens that it has instead at the places `starts`, where no word goes before it. A phrase may run over
+    places without a word, for example from one chunk of 77 tokens to the next. Raises PhraseError where there is no
+    such occurrence, or more than one and none is chosen.
     """
     places = [place for place, token in enumerate(prompt) if token is not None]
     words = [prompt[place] for place in places]
     found = []
-    for start in range(len(words)):
-        lengths = [_length_at(words[start:], spelling) for spelling in (phrase, *spellings)]
-        if length := max(lengths):
+    for start, place in enumerate(places):
+        length = _length_at(words[start:], phrase)
+        if place in starts:
+            length = max(length, _length_at(words[start:], at_start))
+        if length:
             found.append(places[start : start + length])
     if not found:
         raise PhraseError("it is not there")

@@ -73,8 +73,8 @@ def check_whole(cond: list, name: str) -> None:
     would see a part."""
     if len(cond) > 1:
         raise ValueError(
-            f"{name}: it holds {len(cond)} prompts, and Video DDS takes one; remove Conditioning (Combine), and for "
-            f"several regions use ST-Layout Attention Patch"
+            f"{name}: it holds {len(cond)} prompts, and Video DDS takes one; remove Conditioning (Combine) or hooks of "
+            f"the text encoder with a schedule, and for several regions use ST-Layout Attention Patch"
         )
     everywhere = {"mask": None, "area": None, "start_percent": 0.0, "end_percent": 1.0}
     limits = [key for key, whole in everywhere.items() if cond[0][1].get(key, whole) not in (None, whole)]

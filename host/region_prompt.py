@@ -1,7 +1,7 @@
 """How phrases reach attention: where the words of a region stand in an encoded prompt (decision D8)."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice, takewhile
 from typing import Literal
 
@@ -11,6 +11,11 @@ from ..core.regions import EVERY, PhraseError, Region, phrase_positions
 
 Mode = Literal["paper", "released"]
 
+CLIP_ENCODERS = ("l", "g", "h")
+"""The host's names of encoders that, beside another, only give one vector of the whole prompt."""
+OPENING = "([{\"'“‘-/\n"
+"""What a word may follow without a space."""
+
 
 @dataclass(frozen=True, eq=False)
 class Layout:
@@ -18,7 +23,8 @@ class Layout:
 
     positions: for each region the places of its words among the prompt's `length` text tokens; empty for a region
     without a phrase. mode: whose rules hold, see `region_patch`. words: the prompt's tokens, None where there is no
-    word; tokenize: other words in the same way.
+    word; tokenize: other words in the same way; starts: the places that no word goes before, None where a word's tokens
+    are the same everywhere.
     """
 
     prompt: str
@@ -28,22 +34,39 @@ class Layout:
     mode: Mode = "paper"
     words: tuple[object, ...] = field(default=(), repr=False)
     tokenize: Callable[[str], list[object]] | None = field(default=None, repr=False)
+    starts: frozenset[int] | None = field(default=None, repr=False)
 
 
 def positions_in(layout: Layout, phrase: str) -> list[int]:
     """Where words stand in the layout's prompt, at every occurrence. ValueError where there is none."""
-    return _positions(layout.words, layout.prompt, phrase, layout.tokenize, EVERY)
+    return _found(layout, phrase, EVERY)[1]
 
 
-def _positions(words: Sequence, prompt: str, phrase: str, tokenize: Callable, occurrence: int) -> list[int]:
-    spellings = [tokenize(space + text) for text in (phrase, phrase[:1].swapcase() + phrase[1:]) for space in ("", " ")]
+def _found(layout: Layout, phrase: str, occurrence: int) -> tuple[str, list[int]]:
+    """A phrase as it is written in the layout's prompt, with a small or a capital first letter, and where."""
+    written = (phrase, phrase[:1].swapcase() + phrase[1:])
+    text = next((text for text in written if _places(layout, text, EVERY)), phrase)
     try:
-        return phrase_positions(words, spellings[0], occurrence, spellings[1:])
+        return text, _places(layout, text, occurrence, strict=True)
     except PhraseError as error:
         raise ValueError(
-            f"phrase {phrase!r} in the prompt {prompt!r}: {error}; write it into the prompt word for word, or "
+            f"phrase {phrase!r} in the prompt {layout.prompt!r}: {error}; write it into the prompt word for word, or "
             f"choose its occurrence"
         ) from error
+
+
+def _places(layout: Layout, text: str, occurrence: int, strict: bool = False) -> list[int]:
+    """Of a text in the layout's prompt; none where it is not there, or if strict PhraseError."""
+    alone = layout.tokenize(text)
+    try:
+        if layout.starts is None:
+            return phrase_positions(layout.words, alone, occurrence)
+        inside = layout.tokenize(" " + text)
+        return phrase_positions(layout.words, inside, occurrence, at_start=alone, starts=layout.starts)
+    except PhraseError:
+        if strict:
+            raise
+        return []
 
 
 def encode_regional_prompt(clip, prompt: str, regions: Sequence[Region], mode: Mode = "paper", splice: bool = False):
@@ -53,21 +76,18 @@ def encode_regional_prompt(clip, prompt: str, regions: Sequence[Region], mode: M
     knows nothing of the others. Raises ValueError naming phrase and prompt where a phrase is not in the prompt, or
     more than once and no occurrence is chosen.
     """
-    around = _tokens(clip, "")
+    around = _tokens(clip, "")[0]
 
     def tokenize(text: str) -> list[object]:
-        return _without_template(_tokens(clip, text), around)
+        return _without_template(_tokens(clip, text)[0], around)
 
     words, templated = tokenize(prompt), any(token is not None for token in around)
-    positions = [
-        tuple(_positions(words, prompt, region.phrase, tokenize, region.occurrence)) if region.phrase.strip() else ()
-        for region in regions
-    ]
-    if templated and splice:
-        raise ValueError(
-            "splice: this text encoder is a language model, in which a phrase alone is not what it is in a prompt; "
-            "switch splice off and choose mode paper"
-        )
+    starts = _starts(words, _tokens(clip, prompt)[1], tokenize) if templated else None
+    whole = Layout(prompt, tuple(regions), (), len(words), mode, tuple(words), tokenize, starts)
+    phrases = any(region.phrase.strip() for region in regions)
+    if templated and phrases:
+        _check_language_model(tokenize, splice)
+    found = [_found(whole, r.phrase, r.occurrence) if r.phrase.strip() else ("", []) for r in regions]
     conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(prompt))
     length = conditioning[0][0].shape[1]
     cut = len(words) - length  # the host cuts off the beginning of a template
@@ -76,25 +96,50 @@ def encode_regional_prompt(clip, prompt: str, regions: Sequence[Region], mode: M
             f"clip: it turns {len(words)} text tokens into {length} vectors, so the place of a phrase is not known; "
             f"use the text encoder of the model"
         )
-    words, positions = words[cut:], [tuple(place - cut for place in places) for places in positions]
+    positions = tuple(tuple(place - cut for place in places) for _, places in found)
+    if splice and phrases:
+        conditioning = _spliced(clip, conditioning, [text for text, _ in found], positions)
+    starts = None if starts is None else frozenset(place - cut for place in starts)
+    layout = replace(whole, positions=positions, length=length, words=tuple(words[cut:]), starts=starts)
+    return conditioning, layout
+
+
+def _check_language_model(tokenize: Callable[[str], list[object]], splice: bool) -> None:
+    """ValueError for a text encoder that is a language model in which phrases cannot be found, or not be spliced."""
+    if tokenize("a b") == tokenize("ab"):
+        raise ValueError(
+            "clip: its tokenizer loses the spaces between words, so no phrase can be found (ComfyUI's of HunyuanVideo "
+            "does so with transformers 5); install transformers below 5, or leave the regions' phrases empty"
+        )
     if splice:
-        conditioning = _spliced(clip, conditioning, regions, positions)
-    return conditioning, Layout(prompt, tuple(regions), tuple(positions), length, mode, tuple(words), tokenize)
+        raise ValueError(
+            "splice: this text encoder is a language model, in which a phrase alone is not what it is in a prompt; "
+            "switch splice off and choose mode paper"
+        )
 
 
-CLIP_ENCODERS = ("l", "g", "h")
-
-
-def _tokens(clip, text: str) -> list[object]:
-    """The tokens of all chunks in a row, None where there is no word, of the encoder whose vectors attention reads."""
+def _tokens(clip, text: str) -> tuple[list[object], list[int]]:
+    """The tokens of all chunks in a row, None where there is no word, of the encoder whose vectors attention reads; and
+    the numbers of the parts of the text that they are of."""
     by_encoder = clip.tokenize(text, return_word_ids=True)
     others = [tokens for name, tokens in by_encoder.items() if name not in CLIP_ENCODERS]
-    read = others or list(by_encoder.values())  # beside another encoder CLIP only gives one vector of the whole prompt
+    read = others or list(by_encoder.values())
     if any([len(c) for c in tokens] != [len(c) for c in read[0]] for tokens in read[1:]):
-        raise ValueError(
-            "clip: its text encoders cut a prompt in different ways, so the place of a phrase is not known"
-        )
-    return [token[0] if token[2] != 0 else None for chunk in read[0] for token in chunk]
+        raise ValueError("clip: its text encoders cut a prompt in different ways: places of phrases are not known")
+    numbered = [(token[0], token[2]) for chunk in read[0] for token in chunk]
+    return [token if part else None for token, part in numbered], [part for _, part in numbered]
+
+
+def _starts(words: Sequence[object], parts: Sequence[int], tokenize: Callable[[str], list[object]]) -> frozenset[int]:
+    """Places of the words that no other goes right before: at the beginning, of a part with a weight of its own too,
+    and behind a bracket, a quotation mark and the like."""
+    opening = {word for mark in OPENING for text in (mark, " " + mark) for word in tokenize(text)} | {None}
+
+    def is_start(place: int) -> bool:
+        before = words[place - 1] if place else None
+        return isinstance(before, Tensor) or before in opening or parts[place] != parts[place - 1]
+
+    return frozenset(place for place, word in enumerate(words) if word is not None and is_start(place))
 
 
 def _without_template(tokens: Sequence[object], around: Sequence[object]) -> list[object]:
@@ -111,14 +156,14 @@ def _shared(a: Sequence[object], b: Sequence[object], longest: int) -> int:
     return sum(1 for _ in takewhile(bool, islice(equal, longest)))
 
 
-def _spliced(clip, conditioning: list, regions: Sequence[Region], positions: Sequence[Sequence[int]]) -> list:
+def _spliced(clip, conditioning: list, phrases: Sequence[str], positions: Sequence[Sequence[int]]) -> list:
     """The conditioning with the embeddings of phrases encoded by themselves."""
     alone = {}
-    for region, places in zip(regions, positions, strict=True):
+    for phrase, places in zip(phrases, positions, strict=True):
         if not places:
             continue
-        own = [i for i, word in enumerate(_tokens(clip, region.phrase)) if word is not None]
-        embedding = clip.encode_from_tokens_scheduled(clip.tokenize(region.phrase))[0][0]
+        own = [i for i, word in enumerate(_tokens(clip, phrase)[0]) if word is not None]
+        embedding = clip.encode_from_tokens_scheduled(clip.tokenize(phrase))[0][0]
         for start in range(0, len(places), len(own)):  # every occurrence
             for place, place_alone in zip(places[start:], own, strict=False):
                 alone[place] = embedding[:, place_alone]

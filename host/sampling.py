@@ -231,6 +231,11 @@ class TrajectorySampler(comfy.samplers.Sampler):
                 f"connect the latent that Invert Video received"
             )
         check_picture(guider.model_patcher, guider.conds["positive"], "positive")
+        if denoise_mask is not None and hasattr(guider, "uncond_model_patcher"):
+            raise ValueError(
+                f"mask: {type(guider).__name__} shows the latent's noise mask to a second model; connect the mask to "
+                f"this sampler's node instead of the latent"
+            )
         if denoise_mask is not None and self.grid is not None:
             raise ValueError(
                 "mask: the latent already carries a noise mask; connect the mask here or set it on the latent, not both"

@@ -1,7 +1,7 @@
 """Metrics of edits with whatever models the user has: what can be measured, and what is missing for the rest."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import comfy.model_management
@@ -30,12 +30,12 @@ class Row:
 
 def measure(source: Tensor, edit: Tensor, **options) -> list[Row]:
     """All metrics of one edit, in the order of a table; see `compare`."""
-    return compare(source, [edit], **options)[0]
+    return compare(source, {"edit": edit}, **options)[0]
 
 
 def compare(
     source: Tensor,
-    edits: Sequence[Tensor],
+    edits: Mapping[str, Tensor],
     *,
     prompt: str = "",
     mask: Tensor | None = None,
@@ -47,11 +47,12 @@ def compare(
 ) -> list[list[Row]]:
     """All metrics of each edit of a clip.
 
-    source, edits: (F, H, W, 3) in [0, 1], the same size; mask (F or 1, H, W), 1 = edited. clip, clip_vision,
-    flow_model: the host's CLIP, CLIP_VISION and OPTICAL_FLOW; flow: of the source, where it is known. ValueError,
-    naming edit0, edit1 and so on, for clips of different size, one frame, NaN, or a flow of another clip.
+    source, and edits by name: (F, H, W, 3) in [0, 1], the same size; mask (F or 1, H, W), 1 = edited. clip,
+    clip_vision, flow_model: the host's CLIP, CLIP_VISION and OPTICAL_FLOW; flow: of the source, where it is known.
+    ValueError, naming the edit, for clips of different size, one frame, NaN, or a flow of another clip.
     """
     _check(source, edits, mask, flow)
+    edits = list(edits.values())
     by_flow = _by_flow(source, edits, estimator_of(flow_model), flow, progress)
     made_by = "RAFT" if flow_model is not None else "Lucas-Kanade; connect an OPTICAL_FLOW model for RAFT's"
     tables = []
@@ -79,9 +80,8 @@ def number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"
 
 
-def _check(source: Tensor, edits: Sequence[Tensor], mask: Tensor | None, flow: ClipFlow | None) -> None:
-    names = ["edit"] if len(edits) == 1 else [f"edit{k}" for k in range(len(edits))]
-    for name, edit in zip(names, edits, strict=True):
+def _check(source: Tensor, edits: Mapping[str, Tensor], mask: Tensor | None, flow: ClipFlow | None) -> None:
+    for name, edit in edits.items():
         if source.shape != edit.shape:
             raise ValueError(
                 f"{name}: its shape (frames, height, width, channels) is {tuple(edit.shape)}, the source's "
@@ -89,7 +89,7 @@ def _check(source: Tensor, edits: Sequence[Tensor], mask: Tensor | None, flow: C
             )
     if len(source) < 2:
         raise ValueError(f"source: it has {len(source)} frame; expected a clip of at least 2")
-    for name, values in (("source", source), *zip(names, edits, strict=True), ("mask", mask)):
+    for name, values in (("source", source), *edits.items(), ("mask", mask)):
         if values is not None and values.isnan().any():
             raise ValueError(f"{name}: it holds NaN; expected numbers from 0 to 1, so check the node it comes from")
     wanted = (len(source) - 1, *source.shape[1:3])

@@ -79,8 +79,8 @@ class CompareEdits(io.ComfyNode):
 
         from ..host.video_metrics import MORE, compare, number
 
-        connected = [edit[..., :3] for edit in edits.values() if edit is not None]
-        titles = _titles(names, len(connected))
+        connected = {name: edit[..., :3] for name, edit in edits.items() if edit is not None}
+        titles = _titles(names, list(connected))
         bar = comfy.utils.ProgressBar(max(1, len(source) - 1))
         tables = compare(
             source[..., :3],
@@ -104,18 +104,22 @@ class CompareEdits(io.ComfyNode):
         table = table_chart(cells, ("metric", *titles, ""), bold=best)
         measured = [rows for rows in zip(*tables, strict=True) if all(row.value is not None for row in rows)]
         panels = {f"{rows[0].name}, {rows[0].better}": [row.value for row in rows] for rows in measured}
-        film = slider(source[..., :3], connected)
+        film = slider(source[..., :3], list(connected.values()))
         values = {title: {row.name: row.value for row in rows} for title, rows in zip(titles, tables, strict=True)}
         return io.NodeOutput(
             table, bar_chart(panels, titles), film, json.dumps(values, indent=1), ui=ui.PreviewImage(table, cls=cls)
         )
 
 
-def _titles(names: str, count: int) -> list[str]:
-    """A name for each edit. ValueError for more names than edits, and for one that is there twice."""
+def _titles(names: str, inputs: list[str]) -> list[str]:
+    """A name for each edit, that of its input where none is given. ValueError for more names than edits, and for one
+    that is there twice."""
     given = [name.strip() for name in names.splitlines() if name.strip()]
-    if len(given) > count:
-        raise ValueError(f"names: there are {len(given)}, one a line, for {count} edits; remove some, or connect more")
-    if len(set(given)) < len(given):
+    if len(given) > len(inputs):
+        raise ValueError(
+            f"names: there are {len(given)}, one a line, for {len(inputs)} edits; remove some, or connect more"
+        )
+    titles = [*given, *inputs[len(given) :]]
+    if len(set(titles)) < len(titles):
         raise ValueError("names: one is there twice; give each edit a name of its own")
-    return [*given, *(f"edit{k}" for k in range(len(given), count))]
+    return titles

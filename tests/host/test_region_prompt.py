@@ -7,6 +7,7 @@ import pytest
 import torch
 from comfy.text_encoders.hunyuan_video import HunyuanVideoClipModel, HunyuanVideoTokenizer
 from comfy.text_encoders.kandinsky5 import Kandinsky5TEModel, Kandinsky5Tokenizer
+from comfy.text_encoders.lt import LTXVT5Tokenizer
 from spacetime_edit.core.regions import EVERY, Region
 from spacetime_edit.host.region_prompt import encode_regional_prompt, positions_in
 from transformers import PreTrainedTokenizerFast
@@ -40,12 +41,12 @@ class Clip:
         return [[self.encoder(tokens)[0], {}]]
 
 
-def hunyuan_video():
+def hunyuan_video(as_the_file_says=True):
     model = torch.nn.Module()
     model.llama, model.clip_l = Numbers(), Pooled()
     tokenizer = HunyuanVideoTokenizer()
-    # transformers 5 reads the file by the rules of LLaMA 2, which drop spaces; this is what the file says
-    tokenizer.llama.tokenizer = PreTrainedTokenizerFast.from_pretrained(LLAMA)
+    if as_the_file_says:  # transformers 5 reads it by the rules of LLaMA 2, which drop spaces
+        tokenizer.llama.tokenizer = PreTrainedTokenizerFast.from_pretrained(LLAMA)
     return Clip(tokenizer, lambda tokens: HunyuanVideoClipModel.encode_token_weights(model, tokens))
 
 
@@ -78,6 +79,8 @@ def shown(clip, conditioning, places):
         ("a red circle beside a green square, on gray", "green square"),
         ("Red circles everywhere", "red circles"),
         ("red", "red"),
+        ("a snowball and a ball", "ball"),
+        ('the words "red ball" on a wall', "red ball"),
         ("(a swan:1.2) on a lake " + "of very clear water " * 30 + "and an old boat", "an old boat"),
     ],
 )
@@ -88,10 +91,21 @@ def test_the_vectors_of_a_phrase_are_its_words(clip, prompt, phrase):
     assert positions_in(layout, phrase) == list(layout.positions[0])
 
 
+def test_a_word_inside_another_is_not_it(clip):
+    with pytest.raises(ValueError, match="phrase 'ball' in the prompt 'a snowball': it is not there"):
+        encode_regional_prompt(clip, "a snowball", [Region("ball", MASK)])
+
+
+def test_a_capital_letter_is_another_word_where_both_are_there(clip):
+    prompt = "Boat beside a boat"
+    conditioning, layout = encode_regional_prompt(clip, prompt, [Region("boat", MASK), Region("Boat", MASK)])
+    assert [shown(clip, conditioning, places) for places in layout.positions] == ["boat", "Boat"]
+
+
 def test_every_place_of_a_phrase_counts(clip):
-    prompt = "boat and boat, a Boat"
+    prompt = "boat and boat, a boat"
     conditioning, layout = encode_regional_prompt(clip, prompt, [Region("boat", MASK, EVERY)])
-    assert shown(clip, conditioning, layout.positions[0]).lower() == "boat boat boat"
+    assert shown(clip, conditioning, layout.positions[0]) == "boat boat boat"
 
 
 def test_words_of_the_template_are_no_words_of_the_prompt(clip):
@@ -105,6 +119,46 @@ def test_a_prompt_without_regions_is_plain(clip):
     assert layout.positions == ()
 
 
+def test_without_phrases_nothing_is_refused(clip):
+    for regions in ([], [Region("", MASK)]):
+        _, layout = encode_regional_prompt(clip, "a boat", regions, "released", splice=True)
+        assert layout.positions == ((),) * len(regions)
+
+
+def test_a_tokenizer_that_loses_spaces_is_named():
+    """ComfyUI's of HunyuanVideo with transformers 5, as it is."""
+    clip = hunyuan_video(as_the_file_says=False)
+    tokens = [clip.tokenize(text)["llama"] for text in ("a b", "ab")]
+    if tokens[0] != tokens[1]:
+        pytest.skip("these transformers read it right")
+    with pytest.raises(ValueError, match="clip: its tokenizer loses the spaces .*transformers below 5"):
+        encode_regional_prompt(clip, "a red boat", [Region("boat", MASK)])
+    assert encode_regional_prompt(clip, "a red boat", [Region("", MASK)])[1].positions == ((),)
+
+
 def test_phrases_by_themselves_are_refused(clip):
     with pytest.raises(ValueError, match="splice: .*language model.*mode paper"):
         encode_regional_prompt(clip, "a boat", [Region("boat", MASK)], splice=True)
+
+
+@pytest.fixture(scope="module")
+def ltx():
+    return Clip(LTXVT5Tokenizer(), lambda tokens: Numbers().encode_token_weights(tokens["t5xxl"]))
+
+
+def of_t5(clip, conditioning, places):
+    tokenizer = getattr(clip.tokenizer, clip.tokenizer.clip).tokenizer
+    return tokenizer.decode(conditioning[0][0][0, list(places), 0].long().tolist())
+
+
+@pytest.mark.parametrize("splice", [False, True])
+@pytest.mark.parametrize("prompt", ["Squirrel on a tree", "a tree with a squirrel", "(a squirrel:1.2) on a tree"])
+def test_phrases_of_t5(ltx, prompt, splice):
+    """Also where the first letter is another than in the prompt, and so the tokens, one by one."""
+    conditioning, layout = encode_regional_prompt(ltx, prompt, [Region("squirrel", MASK)], splice=splice)
+    assert of_t5(ltx, conditioning, layout.positions[0]).lower() == "squirrel"
+
+
+def test_of_two_capitalisations_t5_takes_the_one_that_is_asked_for(ltx):
+    conditioning, layout = encode_regional_prompt(ltx, "A boat beside a boat", [Region("a boat", MASK)])
+    assert of_t5(ltx, conditioning, layout.positions[0]) == "a boat" and min(layout.positions[0]) > 2

@@ -121,12 +121,12 @@ def test_raft_of_the_host_is_asked_for_its_flow(monkeypatch):
 
 def test_several_edits_are_measured_as_each_alone():
     source, edit, mask = clips()
-    edits = [edit, source.flip(2), source]
+    edits = {"edit0": edit, "edit1": source.flip(2), "edit2": source}
     together = compare(source, edits, prompt="grey", mask=mask, clip=Clip(), clip_vision=Vision())
-    alone = [measure(source, e, prompt="grey", mask=mask, clip=Clip(), clip_vision=Vision()) for e in edits]
+    alone = [measure(source, e, prompt="grey", mask=mask, clip=Clip(), clip_vision=Vision()) for e in edits.values()]
     assert together == alone
     with pytest.raises(ValueError, match="edit1: its shape"):
-        compare(source, [edit, edit[:2]])
+        compare(source, {"edit0": edit, "edit1": edit[:2]})
 
 
 def test_a_flow_that_is_known_is_not_computed_again(monkeypatch):
@@ -145,17 +145,18 @@ def test_compare_edits_marks_the_best_and_names_the_edits(unsaved, monkeypatch):
     source, edit, mask = clips()
     tables = []
     monkeypatch.setattr(compare_edits, "table_chart", lambda cells, heads, bold: tables.append((cells, heads, bold)))
-    edits = {"edit0": edit, "edit1": source.flip(2), "edit2": None}
+    edits = {"edit0": edit, "edit1": None, "edit2": source.flip(2)}
     _, chart, film, data = CompareEdits.execute(source, edits, names="masked\n", mask=mask).args
     cells, heads, bold = tables[0]
-    assert heads == ("metric", "masked", "edit1", "")
+    assert heads == ("metric", "masked", "edit2", "")
     rows = [cell[0] for cell in cells]
     assert bold[rows.index("background PSNR, dB")] == 1 and bold[rows.index("motion error, px")] == 1
     assert rows.index("Q-edit") not in bold and "connect CLIP Vision" in cells[0][-1]
     found = json.loads(data)
-    assert found["masked"]["background PSNR, dB"] == 100 and found["edit1"]["background PSNR, dB"] < 30
+    assert found["masked"]["background PSNR, dB"] == 100 and found["edit2"]["background PSNR, dB"] < 30
     assert chart.shape[-1] == 3 and film.shape == (FRAMES, SIDE, 2 * SIDE, 3)
-    for names, message in (("a\nb\nc", "there are 3, one a line, for 2 edits"), ("a\na", "one is there twice")):
+    twice = "one is there twice"
+    for names, message in (("a\nb\nc", "there are 3, one a line, for 2 edits"), ("a\na", twice), ("edit2", twice)):
         with pytest.raises(ValueError, match=f"names: {message}"):
             CompareEdits.execute(source, edits, names=names)
 

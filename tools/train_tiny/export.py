@@ -41,7 +41,8 @@ def trained_parts(run: Path) -> tuple[UNet3DConditionModel, CLIPTextModel, dict]
     """The U-Net and the text encoder of RUN/best.pt, and that checkpoint."""
     saved = checkpoints.load(run / "best.pt")
     configuration = saved["configuration"]
-    unet, text = make_unet(configuration["channels"], configuration["head"]), make_text_encoder()
+    attends = configuration.get("blocks", ["DownBlock3D"])[-1].startswith("CrossAttn")
+    unet, text = make_unet(configuration["channels"], configuration["head"], attends), make_text_encoder()
     for name, part in (("unet", unet), ("text", text)):
         weights = saved["weights"].items()
         part.load_state_dict({k.removeprefix(f"{name}."): v for k, v in weights if k.startswith(f"{name}.")})
