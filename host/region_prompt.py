@@ -87,7 +87,7 @@ def encode_regional_prompt(clip, prompt: str, regions: Sequence[Region], mode: M
     phrases = any(region.phrase.strip() for region in regions)
     if templated and phrases:
         _check_language_model(tokenize, splice)
-    found = [_found(whole, r.phrase, r.occurrence) if r.phrase.strip() else ("", []) for r in regions]
+    found = [_found(whole, r.phrase.strip(), r.occurrence) if r.phrase.strip() else ("", []) for r in regions]
     conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(prompt))
     length = conditioning[0][0].shape[1]
     cut = len(words) - length  # the host cuts off the beginning of a template

@@ -92,6 +92,8 @@ def test_the_vectors_of_a_phrase_are_its_words(clip, prompt, phrase):
 
 
 def test_a_word_inside_another_is_not_it(clip):
+    _, layout = encode_regional_prompt(clip, "a ball", [Region(" ball ", MASK)])
+    assert len(layout.positions[0]) == 1
     with pytest.raises(ValueError, match="phrase 'ball' in the prompt 'a snowball': it is not there"):
         encode_regional_prompt(clip, "a snowball", [Region("ball", MASK)])
 
