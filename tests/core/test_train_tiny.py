@@ -257,6 +257,7 @@ def test_a_run_becomes_a_folder_that_a_worse_one_does_not_replace(run_folder, tm
     target = tmp_path / "model"
     export.export(run_folder, target)
     assert (target / "tokenizer" / "vocab.json").is_file() and (target / "training.json").is_file()
+    assert not any("_name_or_path" in path.read_text() for path in target.rglob("config.json"))
     before = (target / "training.json").read_text()
     with pytest.raises(checkpoints.CheckpointError, match="it is kept"):
         export.export(run_folder, target)

@@ -82,6 +82,10 @@ def write(run: Path, folder: Path) -> dict:
     add_prefix(folder / "text_encoder" / "model.safetensors")
     for path in folder.rglob("*.safetensors"):
         path.chmod(0o644)
+    for path in folder.rglob("config.json"):  # without the folder that a part was read from
+        entries = json.loads(path.read_text(encoding="utf-8"))
+        if entries.pop("_name_or_path", None) is not None:
+            path.write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
     about = {"held_out_loss": -saved["score"], "step": saved["step"], "minutes": round(saved["seconds"] / 60, 1)}
     (folder / "training.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
     return about
