@@ -21,12 +21,12 @@ HANDLER = "context_handler"
 class View:
     """What a step function sees of a run: the whole clip, or of long ones the frames of a window.
 
-    handler, window: the host's; None: the whole clip. whole: the whole latent's shape; base_model: the host's.
+    handler, window: the host's; None: the whole clip. whole: the latent of the clip; base_model: the host's.
     """
 
     handler: IndexListContextHandler | None = None
     window: IndexListContextWindow | None = None
-    whole: torch.Size = torch.Size()
+    whole: Tensor | None = None
     base_model: object = None
 
     def of(self, latent: Tensor) -> Tensor:
@@ -57,8 +57,7 @@ class View:
             raise ValueError("positive: in context windows no gradient can follow a ControlNet; remove one of them")
         handler = copy.copy(self.handler)
         handler._model = self.base_model  # which the host sets as it samples
-        whole = torch.empty(self.whole, device="meta")
-        return handler.get_resized_cond([cond], whole, self.window, self.base_model.device)[0]
+        return handler.get_resized_cond([cond], self.whole, self.window, self.whole.device)[0]
 
     @cached_property
     def weights(self) -> Tensor:
@@ -76,7 +75,7 @@ def views_of(latent: Tensor, sigma: Tensor, base_model, model_options: dict) -> 
         return [View()]
     handler.set_step(sigma.reshape(1), model_options)
     windows = handler.get_context_windows(base_model, latent, model_options)
-    return [View(handler, window, latent.shape, base_model) for window in windows]
+    return [View(handler, window, latent, base_model) for window in windows]
 
 
 def blended(
