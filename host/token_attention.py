@@ -117,5 +117,13 @@ def share_inside(attention: Tensor, layout: Layout, words: str) -> float | None:
     if not masks:
         return None
     sized = [interpolate(m.float().reshape(1, -1, *m.shape[-2:]), attention.shape[1:])[0] for m in masks]
-    inside = torch.stack([m.expand_as(attention) for m in sized]).amax(0).to(attention)
+    inside = torch.stack([_for_frames(m, len(attention)) for m in sized]).amax(0).to(attention)
     return float((attention * inside).sum() / attention.sum().clamp_min(torch.finfo(torch.float32).tiny))
+
+
+def _for_frames(mask: Tensor, frames: int) -> Tensor:
+    """(frames, H, W) of a mask of one frame, of all, or of the latent's, of which each but the first is for several."""
+    if len(mask) in (1, frames):
+        return mask.expand(frames, -1, -1)
+    together = (frames - 1) // (len(mask) - 1)
+    return mask[[-(-frame // together) for frame in range(frames)]]

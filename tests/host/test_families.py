@@ -44,7 +44,7 @@ from spacetime_edit.host.region_prompt import Layout
 from spacetime_edit.host.relevance_matching import RelevanceMatching, lacks_for_relevance, str_score_of
 from spacetime_edit.host.relevance_preview import check_images, relevance_of, show_to
 from spacetime_edit.host.sampling import TrajectorySampler
-from spacetime_edit.host.token_attention import token_attention
+from spacetime_edit.host.token_attention import share_inside, token_attention
 from spacetime_edit.host.trajectory_files import save_trajectory
 from spacetime_edit.tests.host import support
 from spacetime_edit.tests.host.tiny_families import BY_NAME, DITS, KNOWN, by_hand
@@ -682,6 +682,12 @@ def test_attention_to_words_is_their_share_of_the_softmax(family, model, seen_cl
         own = weights[0, :, queries, [first + 5, first + 6]].sum(-1).mean(0)
         total += own.view(count, -1) / len(calls)
     assert 0 < float(total.mean()) < 1
+    of_latents = replace(layout.regions[0], mask=layout.regions[0].mask.expand(family.shape[2], -1, -1))
+    shares = [
+        share_inside(found, replace(layout, regions=(r, layout.regions[1])), "red")
+        for r in (of_latents, layout.regions[0])
+    ]
+    assert shares[0] == pytest.approx(shares[1])
     torch.testing.assert_close(found.double().flatten(1), total[of_tokens], rtol=1e-3, atol=1e-4)
 
 
