@@ -1,5 +1,6 @@
 """What the trainer of the embedded model rests on; the training itself for seconds, on a far smaller model."""
 
+import shutil
 from argparse import Namespace
 from pathlib import Path
 
@@ -9,7 +10,16 @@ import torch
 from diffusers import DDIMScheduler
 from diffusers.models.transformers.transformer_temporal import TransformerTemporalModel
 from spacetime_edit.tools.shape_world import variety, world
-from spacetime_edit.tools.train_tiny import checkpoints, export, muon, parts, train_unet, train_vae, words
+from spacetime_edit.tools.train_tiny import (
+    checkpoints,
+    export,
+    muon,
+    parts,
+    train_unet,
+    train_unet_gpu,
+    train_vae,
+    words,
+)
 from transformers import CLIPTokenizer
 
 ASSETS = Path(world.__file__).parents[2] / "assets" / "tiny_t2v"
@@ -143,7 +153,7 @@ def test_text_of_known_words_is_that_of_the_model_it_begins_from():
     caption = "a red circle on the left and a green square on the right, gray background"
     ids = tokenizer(caption, padding="max_length", max_length=words.POSITIONS, return_tensors="pt").input_ids
     with torch.no_grad():
-        torch.testing.assert_close(parts.encode_text(encoder, [caption]), saved(ids).last_hidden_state)
+        torch.testing.assert_close(parts.encode_text(encoder, parts.ids_of([caption])), saved(ids).last_hidden_state)
 
 
 @pytest.mark.parametrize("noisy", [0.0, 0.75])
@@ -168,7 +178,7 @@ def test_the_error_is_that_of_the_velocity_and_the_host_reads_it_so():
     scheduler = DDIMScheduler(**parts.SCHEDULE)
     velocity = scheduler.get_velocity(clean, noise, t)
     model = {"unet": lambda *_, **__: (velocity,), "text": None}
-    batch = train_unet.Batch(["", ""], clean, torch.zeros(2, 1, 3, 16, 16))
+    batch = train_unet.Batch(torch.zeros(2, 24, dtype=torch.long), clean, torch.zeros(2, 1, 3, 16, 16))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_unet, "encode_text", lambda *_: None)
         errors = train_unet.squared_errors(model, batch, t, noise, parts.alphas_cumprod())
@@ -251,6 +261,34 @@ def test_a_run_writes_goes_on_and_refuses_another_configuration(run_folder):
     assert second["step"] > first["step"] > 0 and second["seconds"] > first["seconds"]
     with pytest.raises(checkpoints.CheckpointError, match=r"noisy: 0\.75 there, 0\.0 here"):
         train_unet.train(0, settings(run_folder, noisy=0.0), "")
+
+
+def test_a_run_of_the_card_s_trainer(run_folder, tmp_path, capsys):
+    """On a CPU and without a graph: the same steps. Its best weights become a folder."""
+    start = tmp_path / "start"
+    export.export(run_folder, start)
+    shutil.copytree(run_folder / "vae", tmp_path / "run" / "vae")
+    arguments = Namespace(
+        run=tmp_path / "run", init=str(start), device="cpu", eager=False, loaders=0, minutes=0.0, clips=2, images=2,
+        rate=0.01, adam_rate=1e-3, decay_from=0.5, noisy=0.75, object_weight=2.0, save_minutes=5.0, print_every=1,
+        slowest=1e9, seed=0,
+    )  # fmt: skip
+    trainer = train_unet_gpu.Trainer(arguments, torch.device("cpu"))
+    before = [p.detach().clone() for p in trainer.parameters]
+    generator = np.random.default_rng(0)
+    for frames, clips in ((8, 2), (1, 2), (16, 1)):
+        assert trainer(train_unet_gpu.draw(generator, clips, frames).tensors(), 1.0) == frames
+    moved = [float((p - q).abs().max()) for p, q in zip(trainer.parameters, before, strict=True)]
+    assert sum(m > 0 for m in moved) > 0.9 * len(moved) and np.isfinite(moved).all()
+    trainer.save(3)
+    export.export(tmp_path / "run", tmp_path / "model")
+    assert (tmp_path / "model" / "unet" / "config.json").is_file()
+
+
+def test_drawn_batches_are_the_trainer_s():
+    drawn = train_unet_gpu.draw(np.random.default_rng(0), 3, 8)
+    assert drawn.ids.shape == (3, 24) and drawn.images.shape == (3, 8, 3, 64, 64)
+    assert drawn.masks.shape == (3, 1, 8, 16, 16) and drawn.masks.dtype == torch.uint8
 
 
 def test_a_run_becomes_a_folder_that_a_worse_one_does_not_replace(run_folder, tmp_path):

@@ -19,18 +19,21 @@ def at_frames(scene: world.Scene, indices: Sequence[int]) -> world.Scene:
     )
 
 
-def sample_clip(generator: np.random.Generator, frames: int) -> tuple[str, Tensor, Tensor]:
+def sample_clip(generator: np.random.Generator, frames: int, kind: str | None = None) -> tuple[str, Tensor, Tensor]:
     """Caption, frames (F, 3, 64, 64) and the union of the objects (F, 64, 64); one frame: any of a clip's."""
     if frames == 1:
-        scene = variety.sample(generator)
+        scene = variety.sample(generator, kind)
         scene = at_frames(scene, [int(generator.integers(world.FRAMES))])
     else:
-        scene = variety.sample(generator, frames=frames)
+        scene = variety.sample(generator, kind, frames=frames)
     clip, masks = world.render(scene)
     return world.caption(scene), clip, masks.amax(0)
 
 
-def sample_batch(generator: np.random.Generator, clips: int, frames: int) -> tuple[list[str], Tensor, Tensor]:
-    """Captions, frames (B, F, 3, 64, 64), masks (B, F, 64, 64)."""
-    captions, images, masks = zip(*(sample_clip(generator, frames) for _ in range(clips)), strict=True)
+def sample_batch(
+    generator: np.random.Generator, clips: int, frames: int, kinds: Sequence[str | None] | None = None
+) -> tuple[list[str], Tensor, Tensor]:
+    """Captions, frames (B, F, 3, 64, 64), masks (B, F, 64, 64). kinds: of the clips, B of `variety.KINDS`."""
+    kinds = [None] * clips if kinds is None else kinds
+    captions, images, masks = zip(*(sample_clip(generator, frames, kind) for kind in kinds), strict=True)
     return list(captions), torch.stack(images), torch.stack(masks)

@@ -45,7 +45,8 @@ def trained_parts(run: Path) -> tuple[UNet3DConditionModel, CLIPTextModel, dict]
     unet, text = make_unet(configuration["channels"], configuration["head"], attends), make_text_encoder()
     for name, part in (("unet", unet), ("text", text)):
         weights = saved["weights"].items()
-        part.load_state_dict({k.removeprefix(f"{name}."): v for k, v in weights if k.startswith(f"{name}.")})
+        own = {k.removeprefix(f"{name}."): v for k, v in weights if k.startswith(f"{name}.")}
+        part.load_state_dict({k.removeprefix(PREFIX): v for k, v in own.items()})  # of older transformers
     return unet.eval(), text.eval(), saved
 
 

@@ -29,11 +29,15 @@ class Muon:
     convolution as (out, in * kernel); AdamW without decay for the others and for names with one of `adam_names`.
 
     Unlike `torch.optim.Muon` it takes convolutions, and it steps all matrices of one shape as one batch: a small model
-    has hundreds of small matrices.
+    has hundreds of small matrices. in_graph: for steps in a CUDA graph, whose rates are tensors.
     """
 
     def __init__(
-        self, parameters: Iterable[tuple[str, nn.Parameter]], adam_names: Collection[str] = (), momentum: float = 0.95
+        self,
+        parameters: Iterable[tuple[str, nn.Parameter]],
+        adam_names: Collection[str] = (),
+        momentum: float = 0.95,
+        in_graph: bool = False,
     ):
         self.momentum = momentum
         by_shape: dict[tuple[int, int], list[nn.Parameter]] = {}
@@ -46,24 +50,40 @@ class Muon:
                 by_shape.setdefault(shape, []).append(parameter)
         self.groups = list(by_shape.items())
         self.moments = [torch.zeros(len(members), *shape, device=members[0].device) for shape, members in self.groups]
-        self.adam = torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+        self.rows: dict[tuple, Tensor] = {}
+        first = torch.tensor(0.0, device=others[0].device) if in_graph else 0.0
+        self.adam = torch.optim.AdamW(
+            others, first, betas=(0.9, 0.98), weight_decay=0.0, fused=True, capturable=in_graph
+        )
 
     @torch.no_grad()
-    def step(self, rate: float, adam_rate: float) -> None:
+    def step(self, rate: float | Tensor, adam_rate: float | Tensor) -> None:
         """One step. Parameters without a gradient stay: Muon would make a full step of what is left of old moments."""
         for group in self.adam.param_groups:
-            group["lr"] = adam_rate
+            if isinstance(group["lr"], Tensor):
+                group["lr"].copy_(adam_rate)
+            else:
+                group["lr"] = adam_rate
         self.adam.step()
         for (shape, members), moments in zip(self.groups, self.moments, strict=True):
             active = [i for i, parameter in enumerate(members) if parameter.grad is not None]
             if not active:
                 continue
-            gradients = torch.stack([members[i].grad.reshape(shape) for i in active])
-            moments[active] = moments[active].lerp(gradients, 1 - self.momentum)
-            steps = orthogonalised(gradients.lerp(moments[active], self.momentum))
-            scale = rate * math.sqrt(max(1.0, shape[0] / shape[1]))
+            gradients = torch.stack([members[i].grad.reshape(shape) for i in active]).float()
+            rows = self._rows(active, moments.device)
+            moved = moments[rows].lerp(gradients, 1 - self.momentum)
+            moments.index_copy_(0, rows, moved)
+            steps = orthogonalised(gradients.lerp(moved, self.momentum)) * rate
+            scale = -math.sqrt(max(1.0, shape[0] / shape[1]))
             for i, step in zip(active, steps, strict=True):
-                members[i].add_(step.view_as(members[i]), alpha=-scale)
+                members[i].add_(step.view_as(members[i]), alpha=scale)
+
+    def _rows(self, active: list[int], device: torch.device) -> Tensor:
+        """As a tensor that stays: in a CUDA graph none can be copied to the card."""
+        key = tuple(active), device
+        if key not in self.rows:
+            self.rows[key] = torch.tensor(active, device=device)
+        return self.rows[key]
 
     def state_dict(self) -> dict:
         return {"adam": self.adam.state_dict(), "moments": self.moments}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import types
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -133,10 +134,26 @@ def read_text_encoder(folder: Path) -> CLIPTextModel:
     return encoder
 
 
-def encode_text(encoder: CLIPTextModel, captions: list[str]) -> Tensor:
-    """(B, 24, 64)."""
-    ids = torch.tensor([token_ids(caption) for caption in captions], device=encoder.device)
-    return encoder(ids).last_hidden_state
+def ids_of(captions: Iterable[str]) -> Tensor:
+    """(B, 24)."""
+    return torch.tensor([token_ids(caption) for caption in captions])
+
+
+def encode_text(encoder: CLIPTextModel, ids: Tensor) -> Tensor:
+    """(B, 24) -> (B, 24, 64): the encoder's last hidden state, by operations that a CUDA graph can hold."""
+    encoder = getattr(encoder, "text_model", encoder)  # older transformers
+    tables = encoder.embeddings
+    table = tables.token_embedding.weight
+    chosen = (ids[..., None] == torch.arange(len(table), device=ids.device)).to(table)
+    x = chosen @ table + tables.position_embedding.weight[: ids.shape[1]]
+    for layer in encoder.encoder.layers:
+        attention, normed = layer.self_attn, layer.layer_norm1(x)
+        projections = attention.q_proj, attention.k_proj, attention.v_proj
+        q, k, v = (p(normed).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for p in projections)
+        out = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + attention.out_proj(out.transpose(1, 2).flatten(2))
+        x = x + layer.mlp(layer.layer_norm2(x))
+    return encoder.final_layer_norm(x)
 
 
 def encode(vae: AutoencoderKL, frames: Tensor) -> Tensor:
@@ -200,12 +217,15 @@ class _ShortAttention:
 
 
 class _SpatialAttention:
-    """torch's attention, in float32."""
+    """torch's attention, on a CPU in float32."""
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None, **options):
-        q, k, v = (x.float() for x in _heads(attn, hidden_states, encoder_hidden_states))
-        with torch.autocast(q.device.type, enabled=False):
+        q, k, v = _heads(attn, hidden_states, encoder_hidden_states)
+        if q.is_cuda:
             out = nn.functional.scaled_dot_product_attention(q, k, v)
+        else:
+            with torch.autocast("cpu", enabled=False):
+                out = nn.functional.scaled_dot_product_attention(q.float(), k.float(), v.float())
         return attn.to_out[0](out.transpose(1, 2).flatten(2))
 
 

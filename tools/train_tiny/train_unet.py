@@ -23,7 +23,7 @@ import signal
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +45,7 @@ from spacetime_edit.tools.train_tiny.parts import (
     encode,
     encode_text,
     faster,
+    ids_of,
     make_text_encoder,
     make_unet,
     read_text_encoder,
@@ -83,6 +84,14 @@ class Weighting:
         rest = weight / density
         return cls(density.cumsum(0) / len(density), rest / rest.mean(), alphas)
 
+    def weight(self, t: Tensor, masks: Tensor, on_objects: float) -> Tensor:
+        """Of the squared errors at t (B,): (B, 1, F, 16, 16), more by up to `on_objects` on objects of little noise."""
+        alphas, loss = (values[t].view(-1, 1, 1, 1, 1) for values in (self.alphas, self.loss))
+        return loss * (1 + on_objects * alphas * masks)
+
+    def to(self, device: torch.device) -> Weighting:
+        return Weighting(*(values.to(device) for values in (self.times, self.loss, self.alphas)))
+
     def draw(self, n: int) -> Tensor:
         """n times, stratified, in random order."""
         levels = (torch.arange(n) + torch.rand(n)) / n
@@ -91,9 +100,9 @@ class Weighting:
 
 @dataclass(frozen=True)
 class Batch:
-    """latents (B, 4, F, 16, 16); masks (B, 1, F, 16, 16): the objects, grown by one cell."""
+    """ids (B, 24): the captions; latents (B, 4, F, 16, 16); masks (B, 1, F, 16, 16): the objects, grown by a cell."""
 
-    captions: list[str]
+    ids: Tensor
     latents: Tensor
     masks: Tensor
 
@@ -101,16 +110,24 @@ class Batch:
 @torch.no_grad()
 def make_batch(generator: np.random.Generator, vae, clips: int, frames: int) -> Batch:
     captions, images, masks = sample_batch(generator, clips, frames)
-    latents = encode(vae, images.flatten(0, 1)).unflatten(0, (clips, frames)).transpose(1, 2).contiguous()
-    coarse = max_pool2d(avg_pool2d(masks, 4), 3, 1, 1)
-    return Batch(captions, latents, coarse[:, None])
+    return Batch(ids_of(captions), clip_latents(vae, images), coarse_masks(masks))
+
+
+def clip_latents(vae, images: Tensor) -> Tensor:
+    """(B, F, 3, 64, 64) in [0, 1] -> (B, 4, F, 16, 16)."""
+    return encode(vae, images.flatten(0, 1)).unflatten(0, images.shape[:2]).transpose(1, 2).contiguous()
+
+
+def coarse_masks(masks: Tensor) -> Tensor:
+    """(B, F, 64, 64) -> (B, 1, F, 16, 16), grown by a cell."""
+    return max_pool2d(avg_pool2d(masks, 4), 3, 1, 1)[:, None]
 
 
 def squared_errors(model: nn.ModuleDict, batch: Batch, t: Tensor, noise: Tensor, alphas: Tensor) -> Tensor:
     """Of the predicted velocity a eps - s x0, in the shape of the latents."""
     alpha = alphas[t].view(-1, 1, 1, 1, 1)
     a, s = alpha.sqrt(), (1 - alpha).sqrt()
-    text = encode_text(model["text"], batch.captions)
+    text = encode_text(model["text"], batch.ids)
     velocity = model["unet"](a * batch.latents + s * noise, t, text, return_dict=False)[0].float()
     return (velocity - a * noise + s * batch.latents).square()
 
@@ -121,19 +138,20 @@ def squared_errors(model: nn.ModuleDict, batch: Batch, t: Tensor, noise: Tensor,
 class HeldOut:
     """The same clips, times and noises at every call: losses of two moments compare."""
 
-    def __init__(self, vae, weighting: Weighting):
+    def __init__(self, vae, weighting: Weighting, device: torch.device | str = "cpu"):
         generator = np.random.default_rng(HELD_OUT_SEED)
-        self.weighting = weighting
+        self.weighting = weighting.to(device)
         self.batches = [make_batch(generator, vae, 8, 8) for _ in range(HELD_OUT_CLIPS // 8)]
         self.batches.append(make_batch(generator, vae, 8, 16))
+        self.batches = [Batch(*(x.to(device) for x in (b.ids, b.latents, b.masks))) for b in self.batches]
 
     @torch.no_grad()
     def loss(self, model: nn.ModuleDict) -> float:
         generator = torch.Generator().manual_seed(HELD_OUT_SEED)
         losses = []
         for batch in self.batches:
-            t = torch.linspace(100, 980, len(batch.captions)).long()
-            noise = torch.randn(batch.latents.shape, generator=generator)
+            t = torch.linspace(100, 980, len(batch.ids)).long().to(batch.ids.device)
+            noise = torch.randn(batch.latents.shape, generator=generator).to(batch.latents)
             errors = squared_errors(model, batch, t, noise, self.weighting.alphas)
             losses.append((errors.mean((1, 2, 3, 4)) * self.weighting.loss[t]).mean())
         return float(torch.stack(losses).mean())
@@ -214,12 +232,12 @@ def train(rank: int, arguments: argparse.Namespace, meeting: str) -> None:
         frames = frames_of_step(step, arguments)
         clips = {1: arguments.images, 8: arguments.clips, 16: max(1, arguments.clips // 2)}[frames]
         batch = make_batch(generator, vae, clips, frames)
-        captions = ["" if generator.random() < EMPTY_SHARE else caption for caption in batch.captions]
+        silent = torch.from_numpy(generator.random(clips) < EMPTY_SHARE)
+        ids = torch.where(silent[:, None], ids_of([""]), batch.ids)
         t, noise = weighting.draw(clips), torch.randn_like(batch.latents)
         with torch.autocast("cpu", torch.bfloat16, enabled=arguments.bf16):
-            errors = squared_errors(model, Batch(captions, batch.latents, batch.masks), t, noise, weighting.alphas)
-        on_objects = arguments.object_weight * weighting.alphas[t].view(-1, 1, 1, 1, 1)
-        weight = weighting.loss[t].view(-1, 1, 1, 1, 1) * (1 + on_objects * batch.masks)
+            errors = squared_errors(model, replace(batch, ids=ids), t, noise, weighting.alphas)
+        weight = weighting.weight(t, batch.masks, arguments.object_weight)
         for parameter in parameters:
             parameter.grad = None
         (errors * weight).mean().backward()
