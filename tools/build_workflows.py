@@ -200,7 +200,7 @@ def add(graph: Graph, name: str) -> None:
 
 def regions(graph: Graph, name: str) -> None:
     """Two objects become two others, each by its mask, whatever order the prompt says."""
-    source, clip, chain, seen = two_regions(graph, use.REGIONS_PHRASES)
+    source, clip, chain, seen = two_regions(graph, use.REGIONS_CLIP, LEFT_AND_RIGHT, use.REGIONS_PHRASES)
     positive, patched = edit_regions(graph, source, clip, chain, use.REGIONS_PROMPT, name, mask=seen["mask"])
     graph.group("Where its words act")
     look = {"trajectory": source.trajectory["trajectory"], "images": clip["images"], "model": patched["model"]}
@@ -210,8 +210,21 @@ def regions(graph: Graph, name: str) -> None:
 
 def identities(graph: Graph, name: str) -> None:
     """Two objects take each other's place: the prompt is the clip's own, only the masks are exchanged."""
-    source, clip, chain, seen = two_regions(graph, use.IDENTITY_PHRASES)
+    source, clip, chain, seen = two_regions(graph, use.REGIONS_CLIP, LEFT_AND_RIGHT, use.IDENTITY_PHRASES)
     edit_regions(graph, source, clip, chain, clip["source_prompt"], name, mask=seen["mask"])
+
+
+def equal(graph: Graph, name: str) -> None:
+    """One of two equal objects becomes another: only the masks can say which."""
+    source, clip, chain, seen = two_regions(graph, use.EQUAL_CLIP, EACH_OF_TWO, use.EQUAL_PHRASES)
+    edit_regions(graph, source, clip, chain, use.EQUAL_PROMPT, name, mask=seen["mask"])
+
+
+def part(graph: Graph, name: str) -> None:
+    """The stripe of an object gets a new colour: object and stripe are regions, and only the stripe may change."""
+    source, clip, chain, _ = two_regions(graph, use.PART_CLIP, WHOLE_AND_PART, use.PART_PHRASES)
+    stripe = {"mask": clip["stripe_mask"], "dilation": use.PART_DILATION}
+    edit_regions(graph, source, clip, chain, use.PART_PROMPT, name, **stripe)
 
 
 def one_class(graph: Graph, name: str) -> None:
@@ -250,17 +263,27 @@ def from_attention(graph: Graph, name: str) -> None:
     edit_regions(graph, source, clip, made, use.REGIONS_PROMPT, name, mask=made["mask"])
 
 
-def two_regions(graph: Graph, phrases: tuple[str, str]) -> tuple[Source, Node, Node, Node]:
-    """An inverted clip of two objects, the clip, a region for each object, and the node that shows them."""
-    model, clip = load(graph, use.REGIONS_CLIP)
+LEFT_AND_RIGHT = {"The left object": "mask_1", "The right object": "mask_2"}
+EACH_OF_TWO = {"The first object": "mask_1", "The second object": "mask_2"}
+WHOLE_AND_PART = {"The object": "mask_1", "Its stripe": "stripe_mask"}
+
+
+def two_regions(
+    graph: Graph, of_clip: str, masks: dict[str, str], phrases: tuple[str, str]
+) -> tuple[Source, Node, Node, Node]:
+    """An inverted clip, the clip, a region for each of two masks, and the node that shows them.
+
+    masks: outputs of the clip by the titles of their regions.
+    """
+    model, clip = load(graph, of_clip)
     source = invert(graph, model, clip["images"], clip["source_prompt"], use.TINY_STEPS)
     graph.group("Regions")
-    first, second = phrases
-    left = graph.add("STE_RegionPrompt", "The left object", mask=clip["mask_1"], phrase=first)
-    of_right = {"mask": clip["mask_2"], "phrase": second, "regions": left["regions"]}
-    chain = graph.add("STE_RegionPrompt", "The right object", **of_right)
+    chain = {}
+    for (title, output), phrase in zip(masks.items(), phrases, strict=True):
+        node = graph.add("STE_RegionPrompt", title, mask=clip[output], phrase=phrase, **chain)
+        chain = {"regions": node["regions"]}
     graph.column()
-    return source, clip, chain, graph.add("STE_PreviewRegions", images=clip["images"], regions=chain["regions"])
+    return source, clip, node, graph.add("STE_PreviewRegions", images=clip["images"], **chain)
 
 
 def layout_video(graph: Graph, name: str) -> None:
@@ -416,6 +439,8 @@ TEMPLATES: dict[str, tuple[str, Callable]] = {  # name: key of the notes and of 
     "Two objects become two others - ST-Layout (tiny)": ("regions", regions),
     "Two objects trade places - ST-Layout (tiny)": ("identities", identities),
     "All objects of a kind - ST-Layout (tiny)": ("one_class", one_class),
+    "One of two equal objects - ST-Layout (tiny)": ("equal", equal),
+    "Part of an object - ST-Layout (tiny)": ("part", part),
     "Only the background - ST-Layout with STR-Match (tiny)": ("background", background),
     "Regions without masks - ST-Layout from attention (tiny)": ("from_attention", from_attention),
     "Object and background at once - ST-Layout with STR-Match (tiny)": ("layout_video", layout_video),

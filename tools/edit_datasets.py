@@ -85,21 +85,34 @@ def _found(folder: Path, name: str) -> Path | None:
 
 
 def _embedded(folder: Path) -> Iterator[Case]:
-    """The mask is that of the first object which the edit's caption no longer names; a new background has none."""
+    """The mask is that of what the edit changes; a new background has none."""
     for clip in json.loads((folder / "captions.json").read_text(encoding="utf-8")):
         own = folder / clip["clip"] if (folder / clip["clip"]).is_dir() else None
         for number, edit in enumerate(clip["edits"], 1):
-            named = [f"{o['color']} {o['shape']}" in edit["caption"] for o in clip["objects"]]
-            changed = named.index(False) if clip["background"] in edit["caption"] and False in named else None
+            mask = _changed(clip, edit)
             yield case_of(
                 f"{clip['clip']}_{number}",
                 clip["caption"],
                 edit["caption"],
                 own,
-                None if changed is None else own,
+                own if mask else None,
                 frames="frame_*.png",
-                mask_frames=f"mask_obj{changed}_*.png",
+                mask_frames=mask.replace("%02d", "??"),
             )
+
+
+def _changed(clip: dict, edit: dict) -> str:
+    """The mask files of what an edit changes, "" for the background.
+
+    Where the edit does not say what, that is the first object which its caption no longer names.
+    """
+    objects = clip["objects"]
+    if "kind" in edit:
+        key = "stripe_mask" if edit["kind"] == "stripe" else "mask"
+        return "" if edit["object"] is None else objects[edit["object"]][key]
+    if clip["background"] not in edit["caption"]:
+        return ""
+    return next((o["mask"] for o in objects if f"{o['color']} {o['shape']}" not in edit["caption"]), "")
 
 
 def _five(folder: Path) -> Iterator[Case]:

@@ -147,6 +147,18 @@ Press **Run**: the red circle becomes a green square, the green square a red cir
 
 The prompt is that of the clip, word for word. Only the **Region Prompts** say that each phrase belongs where the \
 other object is.""",
+    "equal": f"""## One of two equal objects
+Press **Run**: one of the two cyan circles becomes red, the other stays. {NOTHING_NEEDED}
+
+Words cannot say which: both answer to *a cyan circle*, and the prompt names no place. Each **Region Prompt** has the \
+mask of one circle, so each phrase has its own.""",
+    "part": f"""## Part of an object
+Press **Run**: the black stripe of the square becomes white, the square stays. {NOTHING_NEEDED}
+
+1. One **Region Prompt** has the mask of the whole square, the other that of its stripe. Where the two overlap, a part \
+lies before its whole.
+2. **ST-Layout Attention Patch** keeps each phrase in its region.
+3. **Sample from Trajectory** has the stripe's mask too: all around it is kept.""",
     "one_class": f"""## All objects of a kind
 Press **Run**: both objects become yellow triangles, by one mask and one phrase. {NOTHING_NEEDED}
 
@@ -399,6 +411,16 @@ stay more. (At 0 there is no match and no curve: that is the template *prompt sw
     "identities": """### Try
 - **cross_strength** and **self_strength** 0: everything stays as it is, the prompt says nothing new.
 - Only one of the two **Region Prompts** exchanged: the right one with *a red circle* too.""",
+    "equal": """### Try
+- exchange the two phrases: the other circle becomes red.
+- **cross_strength** and **self_strength** 0: the model itself chooses which.
+- clip 10, with *a purple square* and *a green square* on its white background.
+- clip 13 has three equal objects: one more **Region Prompt**, with **mask_3**.""",
+    "part": """### Try
+- the square instead: *a red square with a black stripe* in prompt and phrases, and the mask of *Preview Regions* on \
+*Sample from Trajectory*.
+- **cross_strength** and **self_strength** 0: the stripe gets ragged.
+- **dilation** 0: too tight, the new stripe is uneven.""",
     "one_class": """### Try
 - **occurrence** *first*: the second word of the pair has no region of its own.
 - another class in prompt and phrase: *a blue square*.""",

@@ -68,6 +68,13 @@ CLASS_PROMPT = "a yellow triangle on the left and a yellow triangle on the right
 CLASS_PHRASE = "a yellow triangle"
 BACKGROUND_PROMPT = "a red circle on a white background"
 BACKGROUND_PHRASE = "white background"
+PART_CLIP = "clip_28 - a yellow square with a black stripe on a checked pink background"
+PART_PROMPT = "a yellow square with a white stripe on a checked pink background"
+PART_PHRASES = ("a yellow square", "a white stripe")  # of the object and of its stripe
+PART_DILATION = 2.0
+EQUAL_CLIP = "clip_12 - two cyan circles on a black background"
+EQUAL_PROMPT = "a cyan circle and a red circle on a black background"
+EQUAL_PHRASES = ("a red circle", "a cyan circle")  # of the first and of the second object
 FOUND_PHRASES = "\na yellow circle\na blue triangle"  # by number: the background, then what is larger
 
 SD15 = "v1-5-pruned-emaonly-fp16.safetensors"

@@ -1,4 +1,4 @@
-"""The eight example clips of the pack: 8 frames of 64 x 64 pixels with masks, captions and edits."""
+"""The example clips of the pack: 8 frames of 64 x 64 pixels with masks, captions and edits."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ FPS = 8.0
 
 
 class ExampleClip(NamedTuple):
-    """images [F,64,64,3] and masks [F,64,64] in 0..1 (mask_2 is zero where there is one object), prompts,
-    fps.
+    """images [F,64,64,3] and masks [F,64,64] in 0..1, zero where the clip has no such object; prompts, fps.
+
+    A mask is what is seen of its object. stripe_mask: of the band that one object carries.
     """
 
     images: torch.Tensor
@@ -25,6 +26,8 @@ class ExampleClip(NamedTuple):
     source_prompt: str
     edit_prompt: str
     fps: float
+    mask_3: torch.Tensor
+    stripe_mask: torch.Tensor
 
 
 def clip_names() -> list[str]:
@@ -39,15 +42,26 @@ def load_clip(name: str, edit: int = 1) -> ExampleClip:
     """
     entries = dict(zip(clip_names(), _entries(), strict=True))
     if name not in entries:
-        raise ValueError(f"clip {name!r}: expected one of {', '.join(entries)}")
+        raise ValueError(f"clip is {name!r}; expected one of the list, such as {clip_names()[0]!r}: choose one there")
     entry = entries[name]
     if not 1 <= edit <= len(entry["edits"]):
-        raise ValueError(f"edit is {edit}; {name!r} has edits 1 to {len(entry['edits'])}")
+        raise ValueError(f"edit is {edit}; {name!r} has edits 1 to {len(entry['edits'])}: choose one of them")
     folder = CLIPS_PATH / entry["clip"]
     images = _read(folder, "frame_%02d.png", entry["frames"], "RGB")
     masks = [_read(folder, thing["mask"], entry["frames"], "L") for thing in entry["objects"]]
-    masks.append(torch.zeros_like(masks[0]))
-    return ExampleClip(images, masks[0], masks[1], entry["caption"], entry["edits"][edit - 1]["caption"], FPS)
+    stripes = [thing["stripe_mask"] for thing in entry["objects"] if "stripe_mask" in thing]
+    none = torch.zeros_like(masks[0])
+    mask_1, mask_2, mask_3 = [*masks, none, none][:3]
+    return ExampleClip(
+        images,
+        mask_1,
+        mask_2,
+        entry["caption"],
+        entry["edits"][edit - 1]["caption"],
+        FPS,
+        mask_3,
+        _read(folder, stripes[0], entry["frames"], "L") if stripes else none,
+    )
 
 
 def _entries() -> list[dict]:

@@ -26,13 +26,17 @@ def table(file, *rows):
 def test_the_embedded_clips_are_a_dataset():
     layout, cases = read_dataset(CLIPS)
     of = {case.id: case for case in cases}
-    assert layout == "embedded" and len(cases) == 24 and not any(case.missing for case in cases)
+    assert layout == "embedded" and len(cases) == 96 and not any(case.missing for case in cases)
     circle = of["clip_00_1"]
     assert circle.edit == "a blue circle on a gray background" and len(circle.files()) == 8
     assert [file.name for file in circle.files(of_mask=True)][0] == "mask_obj0_00.png"
     assert of["clip_00_3"].mask is None, "a new background has no mask"
     second = next(case for case in cases if case.mask_frames.startswith("mask_obj1"))
     assert len(second.files(of_mask=True)) == 8
+    assert of["clip_08_1"].mask_frames.startswith("mask_obj0"), "one of two equal objects, though both are named"
+    stripe, square = of["clip_28_1"], of["clip_28_2"]
+    assert [file.name for file in stripe.files(of_mask=True)][0] == "mask_obj0_stripe_00.png"
+    assert [file.name for file in square.files(of_mask=True)] == [f"mask_obj0_{i:02d}.png" for i in range(8)]
 
 
 def test_five_bench(tmp_path):
