@@ -43,11 +43,14 @@ class Settings:
 
 
 class Editor:
-    """A model of the embedded one's kind, by default that itself, with the host's own objects."""
+    """A model of the embedded one's kind, by default that itself, with the host's own objects.
 
-    def __init__(self, settings: Settings, folder: str = unet3d.EMBEDDED):
+    weight_dtype: as in *Load Video Diffusers Model*.
+    """
+
+    def __init__(self, settings: Settings, folder: str = unet3d.EMBEDDED, weight_dtype: str = "default"):
         self.settings = settings
-        self.model, self.clip, self.vae = unet3d.load_folder(folder)
+        self.model, self.clip, self.vae = unet3d.load_folder(folder, weight_dtype=weight_dtype)
         sampling = self.model.get_model_object("model_sampling")
         self.sigmas = comfy.samplers.calculate_sigmas(sampling, "ddim_uniform", settings.steps)
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from spacetime_edit.benchmarks import _cases as cases
 from spacetime_edit.benchmarks import _figures as figures
+from spacetime_edit.benchmarks import _parts as parts
 from spacetime_edit.benchmarks import _timing as timing
 from spacetime_edit.benchmarks import _verdicts as verdicts
 from spacetime_edit.tools.shape_world import instruments, world
@@ -226,3 +227,24 @@ def test_deletion_and_addition_are_measured_by_the_target(kind):
         untouched = cases.measure(case, *[world.render(case.source)[0]] * 2)
         assert untouched["count_accuracy"] == 0
     assert {c.index for c in made} == {0, 1}
+
+
+def test_a_part_that_fails_or_takes_too_long_keeps_its_rows(capsys):
+    def failing():
+        yield parts.at_least("first", 3, "dB", 2)
+        raise RuntimeError("no kernel")
+
+    def slow():
+        yield parts.at_most("first", 3, "dB", 2)
+        while True:
+            pass
+
+    failed, late = parts.run_part("a", failing, 60), parts.run_part("b", slow, 0.05)
+    assert [row["met"] for report in (failed, late) for row in report["rows"]] == [True, False]
+    assert "no kernel" in failed["error"] and "TimeoutError" in late["error"]
+    printed = capsys.readouterr().out
+    assert "met    first: 3 dB, at least 2" in printed and "MISSED first: 3 dB, at most 2" in printed
+
+
+def test_a_part_without_an_error_has_none():
+    assert parts.run_part("a", lambda: iter([parts.Row("figure", 1.5, "s")]), 60)["error"] == ""

@@ -1,0 +1,475 @@
+"""What a CPU cannot tell: half precision, the methods, region attention and Wan's size on a card.
+
+    python benchmarks/gpu.py [--only PART ...] [--device cuda | cpu] [--quick] [--folder assets/tiny_t2v]
+                             [--seconds 140] [--json PATH]
+
+precision  the embedded model in float16 and bfloat16 against float32, all on the card: the latents of clips that the
+           host samples, and how well an inverted clip comes back
+fp16, bf16 inversion, prompt swap, STR-Match, ST-Layout and DreamMotion on one clip against float32; seconds
+methods    the same in float32 against the CPU, which another process computes meanwhile; seconds
+attention  region attention in half precision against stock attention: time, memory beyond query, key and value, error
+wan        a step of STR-Match and of ST-Layout through Wan 1.3B with random weights at 480p: seconds, and peak memory
+           against what *Predict Cost* says
+
+Decibels are the power of the reference over that of the difference. Each part has a limit of its own; one that fails
+is reported with its traceback, and the others still run; the exit code is then 1. What no longer fits into --seconds
+is reported as not run. Seconds are wall clock, in half precision after a run that does not count. --quick is
+for trying the script out: tiny sizes, whose figures say nothing.
+"""
+# ruff: noqa: E402 (the pack is loaded before it is imported)
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from time import perf_counter
+
+START = perf_counter()
+
+import torch
+from torch import Tensor
+from torch.nn.functional import one_hot, scaled_dot_product_attention
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
+from pack import load_pack
+
+load_pack(host_arguments=["--cpu"] if "cpu" in sys.argv else [])  # the host looks for its device once, when it loads
+
+import comfy.model_management as management
+import comfy.samplers
+from spacetime_edit.benchmarks import _cases as cases
+from spacetime_edit.benchmarks import attention_cost, quality_dds
+from spacetime_edit.benchmarks import quality_st_layout as st_layout
+from spacetime_edit.benchmarks._device import GIB, extra_bytes, on_card, peak_of, seconds_of, typical_seconds
+from spacetime_edit.benchmarks._editing import Editor, Settings
+from spacetime_edit.benchmarks._parts import Row, Rows, at_least, at_most, run_part
+from spacetime_edit.benchmarks._random_wan import WanClip, Watched, random_wan
+from spacetime_edit.core.region_attention import modulated_attention
+from spacetime_edit.core.regions import Region
+from spacetime_edit.host.distillation import Distillation, key_blocks, optimise
+from spacetime_edit.host.inversion import reconstruct, reconstruction_db
+from spacetime_edit.host.loaders import unet3d
+from spacetime_edit.host.region_patch import RegionModulation, patch_regions
+from spacetime_edit.host.relevance_matching import RelevanceMatching, str_score_of
+from spacetime_edit.tools.shape_world import instruments, world
+
+HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
+INVERSION, SWAP, STR, LAYOUT, MOTION = "inversion", "prompt swap", "STR-Match", "ST-Layout", "DreamMotion"
+ONE_CALL, FRAMES_OF = "one call", "decoded"
+
+SAMPLING_STEPS = 12
+LEAST_SAMPLED_DB = {"fp16": 30.0, "bf16": 20.0}  # latents from noise, against float32
+LEAST_EDITED_DB = {"fp16": 15.0, "bf16": 5.0}  # in bf16 other edits, as good ones: see what they keep
+MAX_LOST_DB = 3.0  # of an inversion's round trip, and of what an edit keeps, against float32
+LEAST_CPU_DB = {ONE_CALL: 80.0, FRAMES_OF: 30.0, INVERSION: 50.0, SWAP: 50.0, STR: 30.0, LAYOUT: 50.0, MOTION: 30.0}
+MAX_TIME, MAX_MEMORY, MAX_ERROR = attention_cost.MAX_TIME, attention_cost.MAX_MEMORY, 1.5
+MAX_GIB, MAX_OF_PREDICTED = 24.0, 1.1
+
+
+# --- measuring ----------------------------------------------------------
+
+
+def db(result: Tensor, reference: Tensor) -> float:
+    """Power of the reference over that of the difference; at most 200."""
+    result, reference = (t.double().cpu() for t in (result, reference))
+    error = (result - reference).square().mean()
+    return float(10 * torch.log10(reference.square().mean() / error.clamp_min(1e-20))) if error > 0 else 200.0
+
+
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+@contextlib.contextmanager
+def exact_float32() -> Iterator[None]:
+    """Within, products and convolutions of float32 are not rounded to TF32."""
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+
+
+# --- the embedded model ---------------------------------------------------
+
+
+@dataclass
+class Tiny:
+    """The embedded model in several dtypes, and the clips that it is tried on."""
+
+    folder: str
+    quick: bool
+    _editors: dict[str, Editor] = field(default_factory=dict)
+
+    @property
+    def settings(self) -> Settings:
+        return Settings(steps=4 if self.quick else 20)
+
+    def editor(self, dtype: str) -> Editor:
+        if dtype not in self._editors:
+            self._editors[dtype] = Editor(self.settings, self.folder, dtype)
+        return self._editors[dtype]
+
+    @cached_property
+    def clips(self) -> list[cases.Case]:
+        return cases.make_cases("one object", 0, 2 if self.quick else 16)
+
+    @cached_property
+    def pair(self) -> st_layout.Case:
+        return st_layout.make_cases("forms", 0, 1)[0]
+
+    @cached_property
+    def latents(self) -> dict[str, Tensor]:
+        """Of the two clips that are edited, for this process and the one on the CPU."""
+        editor = self.editor("fp32")
+        return {name: editor.encode(world.render(case.source)[0]) for name, case in self.edited.items()}
+
+    @cached_property
+    def exact(self) -> dict[str, tuple[Tensor, float]]:
+        """Of float32 without TF32, by method, the edited latent and its seconds."""
+        with exact_float32():
+            return {name: (latent, time) for name, latent, time in edits_of(self, "fp32")}
+
+    @property
+    def edited(self) -> dict[str, cases.Case | st_layout.Case]:
+        return {"one": self.clips[0], "pair": self.pair}
+
+
+def edits_of(tiny: Tiny, dtype: str) -> Iterator[tuple[str, Tensor, float]]:
+    """The latents that the methods make, and the seconds that each took beyond its inversion."""
+    editor, case, pair, latents = tiny.editor(dtype), tiny.clips[0], tiny.pair, tiny.latents
+    trajectory, time = seconds_of(lambda: editor.invert(latents["one"], case.source))
+    yield INVERSION, trajectory.latents[0], time
+    of_pair = editor.invert(latents["pair"], pair.source)
+    masks = world.render(pair.source)[1]
+    regions = [Region(phrase, mask) for phrase, mask in zip(pair.phrases, masks, strict=True)]
+    prompts = [editor.prompt(text) for text in (world.caption(case.source), world.caption(case.target), "")]
+    motion = Distillation(
+        steps=2 if tiny.quick else 16, step_size=1.6, cfg=4.0, weights=quality_dds.HELD, blocks=key_blocks(editor.model)
+    )
+    steps = {
+        SWAP: lambda: editor.edit(trajectory, case.target, case.seed),
+        STR: lambda: editor.edit(trajectory, case.target, case.seed, editor.matching(trajectory)),
+        LAYOUT: lambda: st_layout.sample(editor, pair, of_pair, pair.prompt, regions, masks.amax(0), **st_layout.TUNED),
+        MOTION: lambda: optimise(editor.model, *prompts, latents["one"], motion, seed=case.seed)[0],
+    }
+    for name, function in steps.items():
+        yield name, *seconds_of(function)
+
+
+def one_call(tiny: Tiny, dtype: str) -> Tensor:
+    """The model's prediction of the clean latent from noise, in the middle of the schedule."""
+    editor, case = tiny.editor(dtype), tiny.clips[0]
+    guider = comfy.samplers.CFGGuider(editor.model)
+    guider.inner_set_conds({"positive": editor.prompt(world.caption(case.source))})
+    guider.set_cfg(1.0)
+    sigmas = torch.stack([editor.sigmas[len(editor.sigmas) // 2], torch.tensor(0.0)])
+    noise = torch.randn(tiny.latents["one"].shape, generator=torch.Generator().manual_seed(0))
+    euler = comfy.samplers.sampler_object("euler")
+    return guider.sample(noise, torch.zeros_like(noise), euler, sigmas, disable_pbar=True, seed=0)
+
+
+def decoded(tiny: Tiny) -> Tensor:
+    return tiny.editor("fp32").decode(tiny.latents["one"])
+
+
+def precision(tiny: Tiny) -> Rows:
+    ddim = comfy.samplers.sampler_object("ddim")
+
+    def sampled(dtype: str, clips: int | None = None) -> list[Tensor]:
+        editor, empty = tiny.editor(dtype), torch.zeros_like(tiny.latents["one"])
+        sampling = editor.model.get_model_object("model_sampling")
+        sigmas = comfy.samplers.calculate_sigmas(sampling, "ddim_uniform", 4 if tiny.quick else SAMPLING_STEPS)
+        return [editor.sample(case.source, ddim, case.seed, empty, sigmas) for case in tiny.clips[:clips]]
+
+    def returned(dtype: str) -> list[float]:
+        editor, found = tiny.editor(dtype), []
+        for case in tiny.clips[:2]:
+            trajectory = editor.invert(editor.encode(world.render(case.source)[0]), case.source)
+            found.append(reconstruction_db(trajectory, reconstruct(trajectory)))
+        return found
+
+    chosen = Editor(tiny.settings, tiny.folder).model.model.get_dtype()
+    yield Row(f"by itself the host chooses {chosen}", 8 * chosen.itemsize, "bits")
+    frames = tiny.editor("fp32").decode
+    rounded = sampled("fp32", 4)
+    with exact_float32():
+        exact = sampled("fp32")
+    found = [db(*pair) for pair in zip(rounded, exact, strict=False)]
+    yield Row(f"fp32 with TF32 convolutions against without, {len(found)} clips, mean", mean(found), "dB")
+    for dtype, least in LEAST_SAMPLED_DB.items():
+        pairs = list(zip(sampled(dtype), exact, strict=True))
+        found = [db(*pair) for pair in pairs]
+        yield at_least(f"{dtype} against fp32, sampled latents, mean", mean(found), "dB", least)
+        yield Row(f"{dtype} against fp32, sampled latents, worst", min(found), "dB")
+        shown = [float(-10 * torch.log10((frames(a) - frames(b)).square().mean().clamp_min(1e-12))) for a, b in pairs]
+        yield Row(f"{dtype} against fp32, frames, mean PSNR", mean(shown), "dB")
+    with exact_float32():
+        whole = mean(returned("fp32"))
+    yield Row("inversion and back, fp32, mean", whole, "dB")
+    for dtype in HALF:
+        back = mean(returned(dtype))
+        yield at_least(f"inversion and back, {dtype}, mean", back, "dB", whole - MAX_LOST_DB)
+
+
+# --- the same on the CPU ----------------------------------------------------
+
+
+class OnTheCpu:
+    """A process that makes the same edits without a card, on half of the machine's processors."""
+
+    def __init__(self, tiny: Tiny):
+        self._folder = tempfile.TemporaryDirectory()
+        self._given, self._made = (Path(self._folder.name, name) for name in ("given.pt", "made.pt"))
+        torch.save(tiny.latents, self._given)
+        command = [sys.executable, __file__, "--device", "cpu", "--folder", tiny.folder]
+        command += ["--quick"] * tiny.quick + ["--reference", str(self._given), str(self._made)]
+        environment = os.environ | {
+            "CUDA_VISIBLE_DEVICES": "",
+            "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // 2)),
+        }
+        self._process = subprocess.Popen(command, env=environment)
+
+    def results(self, timeout: float) -> dict[str, Tensor]:
+        """Waits for them. Raises TimeoutError where they are not there in time."""
+        try:
+            code = self._process.wait(timeout)
+        except subprocess.TimeoutExpired as error:
+            raise TimeoutError(f"the CPU was not done after another {timeout:.0f} s") from error
+        if code:
+            raise RuntimeError(f"the process on the CPU ended with {code}")
+        return torch.load(self._made, weights_only=True)
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._folder.cleanup()
+
+
+@torch.inference_mode()
+def reference(tiny: Tiny, given: str, made: str) -> None:
+    """What `OnTheCpu` runs."""
+    tiny.latents = torch.load(given, weights_only=True)
+    results = {ONE_CALL: one_call(tiny, "fp32"), FRAMES_OF: decoded(tiny)}
+    results |= {name: latent for name, (latent, _) in tiny.exact.items()}
+    torch.save({name: tensor.clone() for name, tensor in results.items()}, made)
+
+
+def methods(tiny: Tiny, cpu: OnTheCpu) -> Rows:
+    yield from (Row(f"{name}, fp32", time, "s") for name, (_, time) in tiny.exact.items())
+    with exact_float32():
+        own = {ONE_CALL: one_call(tiny, "fp32"), FRAMES_OF: decoded(tiny)}
+    own |= {name: latent for name, (latent, _) in tiny.exact.items()}
+    theirs = cpu.results(timeout=600.0 if tiny.quick else 30.0)
+    for name, least in LEAST_CPU_DB.items():
+        yield at_least(f"{name}, fp32 against the CPU", db(own[name], theirs[name]), "dB", least)
+    rounded = db(one_call(tiny, "fp32"), theirs[ONE_CALL])
+    yield Row(f"{ONE_CALL}, with TF32 convolutions, against the CPU", rounded, "dB")
+
+
+def half_precision(dtype: str, tiny: Tiny) -> Rows:
+    if not tiny.quick:
+        for _ in edits_of(tiny, dtype):  # a run that does not count
+            pass
+    for name, latent, time in edits_of(tiny, dtype):
+        yield Row(f"{name}, {dtype}", time, "s")
+        exact = tiny.exact[name][0]
+        yield at_least(f"{name}, {dtype} against fp32", db(latent, exact), "dB", LEAST_EDITED_DB[dtype])
+        if name in (SWAP, STR, MOTION):
+            kept = kept_db(tiny, exact)
+            yield at_least(f"{name}, {dtype}: what is kept", kept_db(tiny, latent), "dB", kept - MAX_LOST_DB)
+
+
+def kept_db(tiny: Tiny, latent: Tensor) -> float:
+    """PSNR outside the edited object, of the source against an edit of the first clip."""
+    frames, (source, masks) = tiny.editor("fp32").decode(latent), world.render(tiny.clips[0].source)
+    return instruments.kept_region_psnr_db(frames, source, masks)
+
+
+# --- region attention -------------------------------------------------------
+
+
+def attention_inputs(shape: tuple[int, ...], regions: int, dtype: torch.dtype) -> list[Tensor]:
+    """Query, key, value, membership and strength."""
+    device = management.get_torch_device()
+    g = torch.Generator(device).manual_seed(0)
+    qkv = [torch.randn(shape, generator=g, device=device).to(dtype) for _ in range(3)]
+    region = one_hot(torch.randint(regions, shape[2:3], generator=g, device=device), regions).float()
+    return [*qkv, region, 0.1 + 0.2 * torch.rand(shape[2], generator=g, device=device)]
+
+
+def attention_error(dtype: torch.dtype, tokens: int) -> float:
+    """Error of region attention over that of its dense form in the same dtype, both against float64."""
+    q, k, v, region, strength = attention_inputs((1, 8, tokens, 40), 4, dtype)
+    true = attention_cost.dense(*(t.double() for t in (q, k, v, region, strength)))
+    ours = modulated_attention(q, k, v, region, region, strength)
+    dense = attention_cost.dense(q, k, v, region.to(dtype), strength.to(dtype))
+    return float((ours - true).square().mean().sqrt() / (dense - true).square().mean().sqrt())
+
+
+def attention_rows(shape: tuple[int, ...], regions: int, name: str, backward: bool) -> Rows:
+    q, k, v, region, strength = attention_inputs(shape, regions, HALF[name])
+    leaves = [t.requires_grad_() for t in (q, k, v)] if backward else [q, k, v]
+
+    def run(form: Callable[..., Tensor]) -> object:
+        if backward:
+            return torch.autograd.grad(form(*leaves).float().sum(), leaves)
+        with torch.inference_mode():
+            return form(*leaves)
+
+    stock = partial(run, scaled_dot_product_attention)
+    ours = partial(run, lambda q, k, v: modulated_attention(q, k, v, region, region, strength))
+    given = sum(t.numel() * t.element_size() for t in (q, k, v))
+    base, time = typical_seconds(stock), typical_seconds(ours)
+    peak = extra_bytes(ours)  # after a run, which has made the libraries' workspaces
+    what = f"{shape[2]} tokens, {shape[1]} heads of {shape[3]}, {regions} regions, {name}{', backward' * backward}"
+    yield Row(f"{what}: stock", 1e3 * base, "ms")
+    if shape[2] == attention_cost.AT:
+        yield at_most(f"{what}: time", time / base, "x stock", MAX_TIME)
+    else:
+        yield Row(f"{what}: time", time / base, "x stock")
+    if backward:
+        yield Row(f"{what}: extra memory", peak / given, "x q, k, v")
+    else:
+        yield at_most(f"{what}: extra memory", peak / given, "x q, k, v", MAX_MEMORY)
+        dense = shape[1] * shape[2] ** 2 * q.element_size()
+        yield Row(f"{what}: extra memory", peak / 1e6, f"MB (one tokens x tokens tensor: {dense / 1e6:.0f})")
+
+
+def attention(tiny: Tiny) -> Rows:
+    sizes = [256, 512] if tiny.quick else [attention_cost.AT, 32768, 65536]
+    for name, dtype in HALF.items():
+        error = attention_error(dtype, 256 if tiny.quick else 2048)
+        yield at_most(f"error, {name}", error, "x that of the dense form", MAX_ERROR)
+    for tokens in sizes:
+        for regions in (2, 16):
+            yield from attention_rows((1, 8, tokens, 40), regions, "bf16", False)
+    yield from attention_rows((1, 8, sizes[0], 40), 16, "fp16", False)
+    wide = (2, 2, *attention_cost.WAN[2:]) if not tiny.quick else (2, 2, 300, 128)
+    yield from attention_rows(wide, 4, "bf16", False)
+    for tokens in sizes[:2]:
+        yield from attention_rows((1, 8, tokens, 40), 16, "bf16", True)
+
+
+# --- Wan 1.3B -----------------------------------------------------------------
+
+WAN = {"dim": 1536, "ffn_dim": 8960, "num_heads": 12, "num_layers": 30, "text_dim": 4096}
+SMALL_WAN = {"dim": 128, "ffn_dim": 64, "num_heads": 1, "num_layers": 3, "text_dim": 32}
+
+
+def matched_rows(clip: WanClip, what: str, memory: str) -> Rows:
+    matching = RelevanceMatching(str_score_of(clip.trajectory), 0.01, memory=memory)
+    watched = Watched(matching)
+    step, _ = peak_of(lambda: clip.step_seconds(before=[watched]))
+    predicted = (clip.model.model_size() + watched.report.memory.total(watched.report.checkpointing)) / GIB
+    what = f"{what}, STR-Match, memory {memory}"
+    yield Row(f"{what}: step", step, "s")
+    yield Row(f"{what}: of it the matching", watched.seconds, "s")
+    if on_card():
+        peak = watched.peak / GIB
+        yield at_most(f"{what}: peak of the matching", peak, "GiB", MAX_GIB)
+        yield at_most(f"{what}: peak", peak / predicted, f"x the predicted {predicted:.2f} GiB", MAX_OF_PREDICTED)
+
+
+def wan(tiny: Tiny) -> Rows:
+    management.unload_all_models()
+    gc.collect()
+    management.soft_empty_cache()
+    sizes, area = (SMALL_WAN, (8, 12)) if tiny.quick else (WAN, (60, 104))
+    model = random_wan(sizes)
+    for frames in (9,) if tiny.quick else (33, 81):
+        clip = WanClip(model, (1, 16, (frames - 1) // 4 + 1, *area), sizes["text_dim"])
+        what = f"{frames} frames of {8 * area[1]} x {8 * area[0]}"
+        plain, peak = peak_of(clip.step_seconds)
+        yield Row(f"{what}: plain step", plain, "s")
+        if on_card():
+            yield at_most(f"{what}: its peak", peak, "GiB", MAX_GIB)
+        yield from matched_rows(clip, what, "auto")
+        regional = patch_regions(model, RegionModulation(clip.layout(), end=1.0))
+        time, peak = peak_of(lambda clip=clip, regional=regional: clip.step_seconds(regional))
+        yield Row(f"{what}, {LAYOUT}: step", time / plain, "x the plain one")
+        if on_card():
+            yield at_most(f"{what}, {LAYOUT}: peak", peak, "GiB", MAX_GIB)
+        yield from matched_rows(clip, what, "low")
+
+
+# --- running ------------------------------------------------------------------
+
+PARTS: dict[str, tuple[Callable[..., Rows], float]] = {  # with its limit in seconds
+    "precision": (precision, 35),
+    "fp16": (partial(half_precision, "fp16"), 35),
+    "bf16": (partial(half_precision, "bf16"), 25),
+    "methods": (methods, 35),  # by now the process on the CPU is done
+    "attention": (attention, 25),
+    "wan": (wan, 80),
+}
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=PARTS, nargs="+", default=list(PARTS))
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to try the script out")
+    parser.add_argument("--folder", default=unet3d.EMBEDDED, help="diffusers folder; by default the embedded model")
+    parser.add_argument("--seconds", type=float, default=140.0, help="of everything, imports included")
+    parser.add_argument("--json", type=Path, help="also write the figures here, after each part")
+    parser.add_argument("--reference", nargs=2, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def run_in_time(name: str, part: Callable[[], Rows], arguments: argparse.Namespace) -> dict:
+    """A part's report, if there is time left for it."""
+    left = arguments.seconds - (perf_counter() - START)
+    if left < 5:
+        print(f"\n{name}: not run, the {arguments.seconds:.0f} s are over", flush=True)
+        return {"rows": [], "error": "not run", "seconds": 0.0}
+    limit = PARTS[name][1] * (4 if arguments.quick else 1)
+    # the host runs nodes in inference mode; backward passes of attention alone want normal tensors
+    with contextlib.nullcontext() if name == "attention" else torch.inference_mode():
+        return run_part(name, part, min(left, limit))
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    device = management.get_torch_device()
+    if device.type != arguments.device:
+        print(
+            f"no {arguments.device} here: the host runs on {device}; --device {device.type} tries that", file=sys.stderr
+        )
+        return 2
+    tiny = Tiny(arguments.folder, arguments.quick)
+    if arguments.reference:
+        reference(tiny, *arguments.reference)
+        return 0
+    name = torch.cuda.get_device_name() if on_card() else "CPU"
+    print(f"{name}, PyTorch {torch.__version__}, {perf_counter() - START:.0f} s of imports", flush=True)
+    report: dict = {"device": name, "torch": torch.__version__, "quick": arguments.quick, "parts": {}}
+    with contextlib.ExitStack() as stack:
+        parts = {name: partial(function, tiny) for name, (function, _) in PARTS.items()}
+        with torch.inference_mode():
+            if "methods" in arguments.only:
+                stack.enter_context(contextlib.closing(cpu := OnTheCpu(tiny)))
+                parts["methods"] = partial(methods, tiny, cpu)
+        for name in arguments.only:
+            report["parts"][name] = run_in_time(name, parts[name], arguments)
+            if arguments.json:
+                arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    failed = [name for name, part in report["parts"].items() if part["error"]]
+    outcome = f"failed or not run: {', '.join(failed)}" if failed else "no part failed"
+    print(f"\n{perf_counter() - START:.0f} s in all; {outcome}")
+    return int(bool(failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
