@@ -14,8 +14,10 @@ which is meant. All methods start from one inversion and keep what lies in no ma
                 inversion and edit; with temporal attention modulated too
     order       one region after the other, with an inversion between, against both at once
     same shape  forms of importance on clips whose objects have one shape, of which neither changes it
-    crossing    forms of importance on clips whose objects change sides, which the model never saw; each object is
-                looked for about its place in the source
+    crossing    forms of importance on clips whose objects change sides; each object is looked for about its place in
+                the source
+    equal       two equal objects that no place tells apart ("two red circles" to "a red circle and a blue circle"),
+                of which the masks name one; looked for about their places
 
 Rows: the unedited copy, the true edit through the VAE, the target from random noise by the prompt as it should read.
 Columns: colour and shape of the objects, each in its half; both objects right; leakage, the share of regions of the
@@ -56,7 +58,7 @@ from spacetime_edit.host.inversion import invert
 from spacetime_edit.host.region_patch import RegionModulation, patch_regions
 from spacetime_edit.host.region_prompt import encode_regional_prompt
 from spacetime_edit.host.sampling import TrajectorySampler
-from spacetime_edit.tools.shape_world import instruments, world
+from spacetime_edit.tools.shape_world import instruments, variety, world
 
 KINDS = (("colour",), ("shape",), ("colour", "shape"))
 COLUMNS = {
@@ -70,14 +72,14 @@ COLUMNS = {
 }
 TUNED = {"cross_strength": 3.0, "self_strength": 1.0, "end": 0.6}
 COPY, CEILING, NOISE = "unedited copy", "true edit through VAE", "random noise, prompt as it should read"
-SAME_SHAPE, CROSSING = "same shape", "crossing"
+SAME_SHAPE, CROSSING, EQUAL = "same shape", "crossing", "equal"
 ABOUT_PX = 6  # about an object's place in the source, where that of a crossing clip is looked for
 SWAP, CROSS, SELF, BOTH = "prompt swap", "cross only", "self only", "cross and self"
 
 
 @dataclass(frozen=True)
 class Case:
-    """Two objects that both change. prompt: of the edit, with the sides exchanged."""
+    """Two objects that both change, or one of two equal ones. prompt: of the edit, with the sides exchanged."""
 
     group: str
     kind: str
@@ -94,10 +96,17 @@ class Case:
     def phrases(self) -> list[str]:
         return [f"a {pair.colour} {pair.shape}" for pair in self.target.description.objects]
 
+    @property
+    def edited_masks(self) -> Tensor:
+        """(2, F, 64, 64) in [0, 1]: what is seen of each object."""
+        return world.visible_masks(world.render(self.source)[1])
+
 
 def make_cases(group: str, seed: int, n: int) -> list[Case]:
     """Of the group `SAME_SHAPE`: two objects of one shape that get other colours; of `CROSSING`: two that change
-    sides."""
+    sides; of `EQUAL`: two equal ones, one of which, in turn, gets another colour or another shape."""
+    if group == EQUAL:
+        return equal_cases(seed, n)
     draw = world.sample_crossing if group == CROSSING else partial(world.sample_scene, objects=2)
     generator, cases = np.random.default_rng([seed, 6]), []
     while len(cases) < n:
@@ -113,6 +122,17 @@ def make_cases(group: str, seed: int, n: int) -> list[Case]:
     return cases
 
 
+def equal_cases(seed: int, n: int) -> list[Case]:
+    generator, cases = np.random.default_rng([seed, 7]), []
+    while len(cases) < n:
+        source = variety.sample(generator, "same", motion="straight")
+        if len(source.objects) == 2:
+            kind = ("colour", "shape")[len(cases) // 2 % 2]
+            target = world.sample_edit(source, kind, generator, len(cases) % 2)
+            cases.append(Case(EQUAL, kind, int(generator.integers(1 << 31)), source, target))
+    return cases
+
+
 def places(masks: Tensor) -> Tensor:
     """(2, F, 64, 64) bool: about each object's visible part, without the other's."""
     seen = world.visible_masks(masks)
@@ -123,9 +143,11 @@ def measure(case: Case, frames: Tensor, reconstruction: Tensor) -> dict[str, flo
     """Figures of merit of an edited clip; leakage only where a region has its colour."""
     wanted = case.target.description.objects
     source, masks = world.render(case.source)
-    seen = instruments.identify_in(frames, places(masks)) if case.group == CROSSING else instruments.identify(frames, 2)
+    anywhere = case.group in (CROSSING, EQUAL)
+    seen = instruments.identify_in(frames, places(masks)) if anywhere else instruments.identify(frames, 2)
     colours = [a.colour == b.colour for a, b in zip(seen, wanted, strict=True)]
-    leaks = [seen[1 - i].colour == wanted[i].colour for i in range(2) if colours[i]]
+    others = wanted[0].colour != wanted[1].colour
+    leaks = [seen[1 - i].colour == wanted[i].colour for i in range(2) if colours[i] and others]
     return {
         "colour": float(np.mean(colours)),
         "shape": float(np.mean([a.shape == b.shape for a, b in zip(seen, wanted, strict=True)])),
@@ -262,6 +284,7 @@ GROUPS = {
     "order": ORDER,
     SAME_SHAPE: {name: FORMS[name] for name in (SWAP, CROSS, BOTH)},
     CROSSING: {CEILING: through_vae} | {name: FORMS[name] for name in (SWAP, CROSS, BOTH, "released, tuned")},
+    EQUAL: {CEILING: through_vae} | {name: FORMS[name] for name in (SWAP, CROSS, SELF, BOTH, "released, tuned")},
 }
 PAIRS = [(CROSS, SWAP), (BOTH, SWAP), (BOTH, CROSS)]
 
