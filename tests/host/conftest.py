@@ -29,3 +29,15 @@ def tiny() -> Tiny:
 
     with torch.inference_mode():
         return Tiny(*load_folder(EMBEDDED))
+
+
+@pytest.fixture(scope="session")
+def tiny64(tiny) -> Tiny:
+    """The same with a second diffusion model, which computes in float64."""
+    from spacetime_edit.host.loaders.unet3d import EMBEDDED, load_folder
+
+    with torch.inference_mode():
+        model = load_folder(EMBEDDED)[0]
+        model.model.diffusion_model.double()
+    model.model.manual_cast_dtype = torch.float64
+    return tiny._replace(model=model)

@@ -75,12 +75,12 @@ def edit(tiny, clip):
 def test_attention_to_words_is_the_softmaxs_own(tiny, trajectory, edit):
     """Against the weights written out from the queries and keys of the same run."""
     positive, layout = edit
-    found = token_attention(trajectory, positive, layout, "blue triangle", (16, 16), percent=0.2, layers="d0,u3")
+    found = token_attention(trajectory, positive, layout, "blue triangle", (16, 16), percent=0.2, layers="d0,u5")
     calls = []
     show_to(lambda call: calls.append(call), trajectory, 0.2, positive=positive)
     maps = []
     for call in calls:
-        if call.kind == "cross" and call.layer.block in ("d0", "u3"):
+        if call.kind == "cross" and call.layer.block in ("d0", "u5"):
             weights = (call.query.double() @ call.key.double().mT * call.scale).softmax(-1)
             maps.append(weights[..., positions_in(layout, "blue triangle")].sum(-1).mean(1).view(-1, 16, 16))
     assert len(maps) == 2 and torch.allclose(found.double(), torch.stack(maps).mean(0), atol=1e-5)

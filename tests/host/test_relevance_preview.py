@@ -57,7 +57,7 @@ def by_hand(calls, region, blocks):
     return torch.stack(maps).mean(0)[:, 0]
 
 
-@pytest.mark.parametrize(("layers", "blocks"), [("", {"d0", "u2", "u3"}), ("d1,m0", {"d1", "m0"})])
+@pytest.mark.parametrize(("layers", "blocks"), [("", {"d0", "u4", "u5"}), ("d1,m0", {"d1", "m0"})])
 def test_it_is_the_mean_over_the_chosen_layers_and_by_default_the_finest(trajectory, region, layers, blocks):
     calls = Calls()
     show_to(calls, trajectory, 0.7)

@@ -160,7 +160,7 @@ def test_inversion_starts_at_the_clip_and_ends_in_noise(tiny, trajectory, clip, 
 
 def test_inversion_is_ddim_upwards(tiny, clip, source):
     """At the fixed point each stored latent leads to the next cleaner one by a plain DDIM step."""
-    inverted = invert(tiny.model, source, clip, schedule(tiny.model, 4, "ddim_uniform"), refinements=10)
+    inverted = invert(tiny.model, source, clip, schedule(tiny.model, 4, "ddim_uniform"), refinements=20)
 
     def check(guider, x, sigma, extra_args):
         for k in range(inverted.steps):
@@ -262,7 +262,7 @@ def test_every_matching_step_brings_the_scores_closer(trajectory, source, edit):
 
 def test_equal_prompts_leave_the_latent_in_place(tiny, clip, source):
     """At CFG 1 with the source prompt there is nothing to match: the damped steps move < 1e-3 in all."""
-    inverted = invert(tiny.model, source, clip, schedule(tiny.model, 4, "ddim_uniform"), refinements=9)
+    inverted = invert(tiny.model, source, clip, schedule(tiny.model, 4, "ddim_uniform"), refinements=20)
     moves, act = [], matching(inverted)
 
     def watched(x, step):

@@ -177,11 +177,15 @@ def test_every_attention_reaches_the_override(tiny):
 # storage
 
 
-@pytest.mark.parametrize(("name", "limit"), [("fp16", 1e-5), ("bf16", 1e-2), ("fp8_e4m3fn", 0.1)])
-def test_storage(tiny, name, limit):
+@pytest.mark.parametrize("name", ["fp16", "bf16", "fp8_e4m3fn"])
+def test_storage(tiny, name):
+    """Predictions are those of diffusers with weights rounded so; fp8 leaves norms and biases as they are."""
     model, x, context = load_with(name), noise(2), encode(tiny)
-    assert model.model.get_dtype() == unet3d.WEIGHT_DTYPES[name]
-    assert relative(predict(model, x, context), predict(tiny.model, x, context)) <= limit
+    stored = unet3d.WEIGHT_DTYPES[name]
+    assert model.model.get_dtype() == stored
+    weights = load_file(EMBEDDED_PATH / UNET_FILE)
+    rounded = {key: w if w.ndim == 1 and stored.itemsize == 1 else w.to(stored) for key, w in weights.items()}
+    assert relative(predict(model, x, context), predict_plain(plain_unet(rounded), x, context)) <= 1e-5
     conds = [[context, {}]], [[context, {}]]
     out = nodes.common_ksampler(model, 0, 1, 4.0, "euler", "normal", *conds, {"samples": torch.zeros(2, 4, 16, 16)})
     assert out[0]["samples"].isfinite().all()

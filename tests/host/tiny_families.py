@@ -176,7 +176,7 @@ def inflated(weights, dtype=torch.float32):
 PICTURE = {"concat_latent_image": torch.full((1, 4, 8, 8), 0.3)}
 
 FAMILIES = (
-    TinyFamily("UNet3D", dict, (3, 4, 8, 8), (3, 8, 8), 64, 30, unet3d_folder, step=3e-5),
+    TinyFamily("UNet3D", dict, (3, 4, 8, 8), (3, 8, 8), 64, 42, unet3d_folder, step=3e-5, fp8=0.8),
     TinyFamily(
         name="LaVie",
         weights=lambda: smooth(lavie_model.build(support.LAVIE), quiet=2e-6),

@@ -193,7 +193,7 @@ def test_a_model_without_temporal_attention(sd15_graph):
 
 @pytest.mark.parametrize("layers", ["d9", "x0", "d0-", "u0,q"])
 def test_unknown_blocks(graph, inverted, layers):
-    with refused(graph, r"^layers: '.*(d0, d1, m0|d1-d2,m0,u0-u1)"):
+    with refused(graph, r"^layers: '.*(d0, d1, d2, m0|d1-d2,m0,u0-u1)"):
         CaptureSTRScore.execute(inverted[0], layers, 1)
 
 

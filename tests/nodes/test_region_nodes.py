@@ -20,14 +20,14 @@ from spacetime_edit.nodes.st_layout_patch import STLayoutAttentionPatch
 from spacetime_edit.tests.host import support
 from spacetime_edit.tools.shape_world import instruments, world
 
-PROMPT = "a yellow circle on the left and a blue triangle on the right, gray background"
-LEFT, RIGHT = "a blue triangle", "a yellow circle"  # the other way round
+PROMPT = "a cyan triangle on the left and a purple circle on the right, white background"
+LEFT, RIGHT = "a purple circle", "a cyan triangle"  # the other way round
 STEPS = 12
 
 
 @pytest.fixture(scope="module")
 def clip():
-    return load_clip(clip_names()[4])  # a red circle and a green square
+    return load_clip(clip_names()[5])  # a blue circle and a red circle
 
 
 def regions(clip, left=LEFT, right=RIGHT):
@@ -69,7 +69,7 @@ def test_masks_decide_against_the_prompts_order(tiny, clip, inverted):
     for model in (patched(tiny.model, layout), patched(tiny.model, layout, cross=0.0, own=0.0)):
         frames = edit(tiny, clip, inverted, model, conditioning)
         colours.append([pair.colour for pair in instruments.identify(frames, 2)])
-    assert colours == [["blue", "yellow"], ["yellow", "blue"]]
+    assert colours == [["purple", "cyan"], ["cyan", "purple"]]
 
 
 def test_strength_zero_is_the_plain_edit_bit_for_bit(tiny, clip, inverted):
@@ -199,7 +199,7 @@ def test_masks_of_attention_edit_as_masks_do(tiny, clip, inverted):
     named = found(clip, inverted, "\n".join(lines))[0]
     conditioning, layout = EncodeRegionalPrompt.execute(tiny.clip, PROMPT, "paper", regions=named).result
     frames = edit(tiny, clip, inverted, patched(tiny.model, layout), conditioning)
-    assert [pair.colour for pair in instruments.identify(frames, 2)] == ["blue", "yellow"]
+    assert [pair.colour for pair in instruments.identify(frames, 2)] == ["purple", "cyan"]
 
 
 def test_token_attention_is_shown_before_and_after(tiny, clip, inverted):
@@ -226,10 +226,10 @@ def test_inflation_by_its_node(tiny):
 def test_masks_of_other_frames_are_refused_by_name(tiny, clip):
     (made,) = RegionPrompt.execute(clip.mask_1, LEFT).result
     (made,) = RegionPrompt.execute(clip.mask_2[:5], RIGHT, regions=made).result
-    with pytest.raises(ValueError, match=r"region 2 \('a yellow circle'\): it has 5 frames, the clip has 8"):
+    with pytest.raises(ValueError, match=r"region 2 \('a cyan triangle'\): it has 5 frames, the clip has 8"):
         PreviewRegions.execute(clip.images, made, 0.5)
 
 
 def test_the_world_knows_the_prompt():
     """The prompt is one that the embedded model was trained on: the masks overrule a model that understands it."""
-    assert world.parse_caption(PROMPT).objects[0] == world.Pair("yellow", "circle")
+    assert world.parse_caption(PROMPT).objects[0] == world.Pair("cyan", "triangle")
