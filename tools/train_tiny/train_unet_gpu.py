@@ -1,6 +1,6 @@
 """Train the U-Net and the text encoder of the embedded model on one CUDA card: `train_unet` with larger steps.
 
-    python tools/train_tiny/train_unet_gpu.py RUN --init tools/train_tiny/start [--minutes 9] [--clips 96]
+    python tools/train_tiny/train_unet_gpu.py RUN --init assets/tiny_t2v [--minutes 9] [--clips 96]
 
 Loss, held-out clips and `best.pt` are those of `train_unet`. The U-Net's thousands of small operations would keep a
 card waiting for Python, so a whole step, from the frames to the average of the weights, is one CUDA graph for each
