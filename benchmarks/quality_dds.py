@@ -1,6 +1,7 @@
 """DreamMotion and its ablations on the embedded model, where the truth is known.
 
-    python benchmarks/quality_dds.py [--seed 0] [--n 8] [--steps 32] [--step-size 1.6] [--only GROUP ...] [--json PATH]
+    python benchmarks/quality_dds.py [--seed 0] [--n 8] [--steps 32] [--step-size 1.6] [--cfg 7.5]
+                                     [--only GROUP ...] [--json PATH]
 
 One object gets another colour or another shape. Every method optimises the clip's own latent, with the same noises.
 
@@ -151,10 +152,11 @@ def main() -> int:
     parser.add_argument("--n", type=int, default=8)
     parser.add_argument("--steps", type=int, default=32)
     parser.add_argument("--step-size", type=float, default=1.6)
+    parser.add_argument("--cfg", type=float, default=7.5, help="of the optimised rows")
     parser.add_argument("--json", type=Path, help="also write rows, intervals and every clip's figures here")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    settings = {"steps": arguments.steps, "step_size": arguments.step_size, "cfg": Settings().cfg}
+    settings = {"steps": arguments.steps, "step_size": arguments.step_size, "cfg": arguments.cfg}
     report = {"seed": arguments.seed, "n": arguments.n, "settings": settings}
     with torch.inference_mode():
         editor = Editor(Settings())

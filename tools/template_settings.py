@@ -98,7 +98,7 @@ PARTS_TRACKED = "shirt:1, trousers:1"
 PARTS_PHRASES = "a red leather jacket\nblue jeans"
 SD15_FOUND = "\nan astronaut\na polar bear"  # by number: the background, then what is larger
 
-TINY_DDS = {"steps": 32, "step_size": 1.6, "cfg": TINY_CFG}
+TINY_DDS = {"steps": 32, "step_size": 1.6, "cfg": 7.5}
 POLISHED_STEPS = 24
 POLISH_FROM = 10  # of TINY_STEPS
 DDS_BOXES = "0: 0, 5, 34, 34\n7: 23, 21, 34, 34"
