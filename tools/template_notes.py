@@ -134,7 +134,7 @@ a segmentation model or a paint program.
 3. **ST-Layout Attention Patch** keeps both phrases in their place, **STR Latent Optimizer** the motion: two methods \
 in one pass.""",
     "regions": f"""## Two objects become two others
-Press **Run**: the left object becomes a blue triangle, the right one a yellow circle. {NOTHING_NEEDED}
+Press **Run**: the left object becomes a yellow square, the right one a blue circle. {NOTHING_NEEDED}
 
 The prompt says it **the other way round**; the masks decide.
 
@@ -170,7 +170,7 @@ Press **Run**: the gray background becomes white, the circle stays. {NOTHING_NEE
 The region is all that the object is not (*Around the object*). Its mask also goes to **Sample from Trajectory**, so \
 that nothing inside the object is touched.""",
     "from_attention": f"""## Regions without masks
-Press **Run**: the left object becomes a blue triangle, the right one a yellow circle, and nobody painted a mask. \
+Press **Run**: the left object becomes a yellow square, the right one a blue circle, and nobody painted a mask. \
 {NOTHING_NEEDED}
 
 **Regions from Attention** asks the model which pixels of all frames belong together, and numbers the regions from the \

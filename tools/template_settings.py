@@ -55,8 +55,8 @@ SEVERAL_PROMPTS = (  # after the first edit, after the second
 )
 
 REGIONS_CLIP = SEVERAL_CLIP
-REGIONS_PROMPT = "a yellow circle on the left and a blue triangle on the right, gray background"
-REGIONS_PHRASES = ("a blue triangle", "a yellow circle")  # of the left and of the right object: not as the prompt says
+REGIONS_PROMPT = "a blue circle on the left and a yellow square on the right, gray background"
+REGIONS_PHRASES = ("a yellow square", "a blue circle")  # of the left and of the right object: not as the prompt says
 TINY_LAYOUT = {"cross_strength": 3.0, "self_strength": 1.0, "end_percent": 0.6}
 
 LAYOUT_COLOURS = (0xC04040, 0x4060C0)  # of the background and of the object
@@ -75,7 +75,7 @@ PART_DILATION = 2.0
 EQUAL_CLIP = "clip_12 - two cyan circles on a black background"
 EQUAL_PROMPT = "a cyan circle and a red circle on a black background"
 EQUAL_PHRASES = ("a red circle", "a cyan circle")  # of the first and of the second object
-FOUND_PHRASES = "\na yellow circle\na blue triangle"  # by number: the background, then what is larger
+FOUND_PHRASES = "\na yellow square\na blue circle"  # by number: the background, then what is larger
 
 SD15 = "v1-5-pruned-emaonly-fp16.safetensors"
 SD15_URL = f"https://huggingface.co/Comfy-Org/stable-diffusion-v1-5-archive/resolve/main/{SD15}"
