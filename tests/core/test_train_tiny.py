@@ -277,7 +277,7 @@ def test_a_run_of_the_card_s_trainer(run_folder, tmp_path, capsys):
     before = [p.detach().clone() for p in trainer.parameters]
     generator = np.random.default_rng(0)
     for frames, clips in ((8, 2), (1, 2), (16, 1)):
-        assert trainer(train_unet_gpu.draw(generator, clips, frames).tensors(), 1.0) == frames
+        trainer(train_unet_gpu.draw(generator, clips, frames), 1.0)
     moved = [float((p - q).abs().max()) for p, q in zip(trainer.parameters, before, strict=True)]
     assert sum(m > 0 for m in moved) > 0.9 * len(moved) and np.isfinite(moved).all()
     trainer.save(3)
@@ -286,9 +286,9 @@ def test_a_run_of_the_card_s_trainer(run_folder, tmp_path, capsys):
 
 
 def test_drawn_batches_are_the_trainer_s():
-    drawn = train_unet_gpu.draw(np.random.default_rng(0), 3, 8)
-    assert drawn.ids.shape == (3, 24) and drawn.images.shape == (3, 8, 3, 64, 64)
-    assert drawn.masks.shape == (3, 1, 8, 16, 16) and drawn.masks.dtype == torch.uint8
+    ids, images, masks = train_unet_gpu.draw(np.random.default_rng(0), 3, 8)
+    assert ids.shape == (3, 24) and images.shape == (3, 8, 3, 64, 64)
+    assert masks.shape == (3, 1, 8, 16, 16) and masks.dtype == images.dtype == torch.uint8
 
 
 def test_a_run_becomes_a_folder_that_a_worse_one_does_not_replace(run_folder, tmp_path):

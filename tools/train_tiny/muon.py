@@ -69,7 +69,7 @@ class Muon:
             active = [i for i, parameter in enumerate(members) if parameter.grad is not None]
             if not active:
                 continue
-            gradients = torch.stack([members[i].grad.reshape(shape) for i in active]).float()
+            gradients = torch.stack([members[i].grad.reshape(shape) for i in active])
             rows = self._rows(active, moments.device)
             moved = moments[rows].lerp(gradients, 1 - self.momentum)
             moments.index_copy_(0, rows, moved)

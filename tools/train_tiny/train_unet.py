@@ -216,17 +216,7 @@ def train(rank: int, arguments: argparse.Namespace, meeting: str) -> None:
     def save(seconds: float) -> None:
         state = {"weights": model.state_dict(), "optimiser": optimiser.state_dict(), "average": average}
         checkpoints.save(path, configuration, state | {"step": step, "seconds": seconds})
-        swapped = [p.detach().clone() for p in parameters]
-        copy_into(parameters, average)
-        loss = held_out.loss(model)
-        try:
-            state = {"weights": model.state_dict(), "step": step, "seconds": seconds}
-            checkpoints.save(arguments.run / "best.pt", configuration, state, score=-loss)
-            kept = "best so far"
-        except checkpoints.CheckpointError as reason:
-            kept = str(reason)
-        copy_into(parameters, swapped)
-        print(f"step {step}, {seconds / 60:.1f} min, held-out loss {loss:.5f}, {kept}", flush=True)
+        keep_best(arguments.run, configuration, model, average, held_out, step, seconds)
 
     while (seconds := workers.agreed(before + time.monotonic() - start)) < total:
         frames = frames_of_step(step, arguments)
@@ -258,6 +248,31 @@ def train(rank: int, arguments: argparse.Namespace, meeting: str) -> None:
         save(seconds)
     if workers.count > 1:
         distributed.destroy_process_group()
+
+
+def keep_best(
+    run: Path,
+    configuration: dict,
+    model: nn.ModuleDict,
+    average: list[Tensor],
+    held_out: HeldOut,
+    step: int,
+    seconds: float,
+) -> None:
+    """Write RUN/best.pt with the average of the weights, unless the file's own loss on held-out clips is lower."""
+    parameters = list(model.parameters())
+    moving = [p.detach().clone() for p in parameters]
+    copy_into(parameters, average)
+    loss = held_out.loss(model)
+    weights = {name: value.cpu() for name, value in model.state_dict().items()}
+    try:
+        state = {"weights": weights, "step": step, "seconds": seconds}
+        checkpoints.save(run / "best.pt", configuration, state, score=-loss)
+        kept = "best so far"
+    except checkpoints.CheckpointError as reason:
+        kept = str(reason)
+    copy_into(parameters, moving)
+    print(f"step {step}, {seconds / 60:.1f} min, held-out loss {loss:.5f}, {kept}", flush=True)
 
 
 def copy_into(parameters: list[nn.Parameter], values: list[Tensor]) -> None:

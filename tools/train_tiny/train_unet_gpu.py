@@ -16,7 +16,6 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +29,6 @@ from pack import load_pack
 STARTED = time.monotonic()
 load_pack(host=False)
 
-from spacetime_edit.tools.train_tiny import checkpoints
 from spacetime_edit.tools.train_tiny.batches import sample_batch
 from spacetime_edit.tools.train_tiny.muon import Muon
 from spacetime_edit.tools.train_tiny.parts import ids_of, read_vae
@@ -41,7 +39,7 @@ from spacetime_edit.tools.train_tiny.train_unet import (
     Weighting,
     clip_latents,
     coarse_masks,
-    copy_into,
+    keep_best,
     make_model,
     squared_errors,
 )
@@ -57,18 +55,6 @@ TIMED = range(40, 140)
 """Steps whose pace must not be above `--slowest`."""
 
 
-@dataclass(frozen=True)
-class Drawn:
-    """ids (B, 24); images (B, F, 3, 64, 64) and masks (B, 1, F, 16, 16), in 0 to 255."""
-
-    ids: Tensor
-    images: Tensor
-    masks: Tensor
-
-    def tensors(self) -> tuple[Tensor, ...]:
-        return self.ids, self.images, self.masks
-
-
 class Clips(IterableDataset):
     """Endless batches for one step each."""
 
@@ -81,15 +67,16 @@ class Clips(IterableDataset):
         generator = np.random.default_rng([self.seed, worker.id if worker else 0])
         while True:
             frames = int(generator.choice(list(FRAMES), p=list(FRAMES.values())))
-            yield draw(generator, self.sizes[frames], frames).tensors()
+            yield draw(generator, self.sizes[frames], frames)
 
 
-def draw(generator: np.random.Generator, clips: int, frames: int) -> Drawn:
+def draw(generator: np.random.Generator, clips: int, frames: int) -> tuple[Tensor, Tensor, Tensor]:
+    """ids (B, 24); images (B, F, 3, 64, 64) and masks (B, 1, F, 16, 16), in 0 to 255."""
     shares = SHARES | {"crossing": 1 - sum(SHARES.values())}
     kinds = generator.choice(list(shares), p=list(shares.values()), size=clips)
     captions, images, masks = sample_batch(generator, clips, frames, kinds)
     ids = ids_of("" if generator.random() < EMPTY_SHARE else caption for caption in captions)
-    return Drawn(ids, *((x * 255).round().byte() for x in (images, coarse_masks(masks))))
+    return ids, (images * 255).round().byte(), (coarse_masks(masks) * 255).round().byte()
 
 
 class Trainer:
@@ -129,8 +116,8 @@ class Trainer:
             plain = (errors.mean((1, 2, 3, 4)) * self.on_card.loss[t]).mean()
             self.losses[frames].lerp_(plain, 0.02)
 
-    def __call__(self, inputs: tuple[Tensor, ...], rate: float) -> int:
-        """A step of a drawn batch at a share of the full rate; the number of its frames."""
+    def __call__(self, inputs: tuple[Tensor, ...], rate: float) -> None:
+        """A step of a drawn batch at a share of the full rate."""
         frames = inputs[1].shape[1]
         inputs = (*inputs, self.weighting.draw(len(inputs[0])))
         self.rate.fill_(self.arguments.rate * rate)
@@ -140,13 +127,12 @@ class Trainer:
             static = tuple(x.to(self.device) for x in inputs)
             if self.device.type == "cpu" or self.arguments.eager:
                 self.step(frames, *static)
-                return frames
+                return
             self.graphs[frames] = static, self._captured(frames, static)
         static, graph = self.graphs[frames]
         for mine, given in zip(static, inputs, strict=True):
             mine.copy_(given, non_blocking=True)
         graph.replay()
-        return frames
 
     def _captured(self, frames: int, static: tuple[Tensor, ...]) -> torch.cuda.CUDAGraph:
         began = time.monotonic()
@@ -165,19 +151,8 @@ class Trainer:
         return graph
 
     def save(self, step: int) -> None:
-        """Keep the average of the weights where it is the best so far."""
-        moving = [p.detach().clone() for p in self.parameters]
-        copy_into(self.parameters, self.average)
-        loss = self.held_out.loss(self.model)
         seconds = time.monotonic() - STARTED
-        state = {"weights": {k: v.cpu() for k, v in self.model.state_dict().items()}, "step": step, "seconds": seconds}
-        try:
-            checkpoints.save(self.arguments.run / "best.pt", self.configuration, state, score=-loss)
-            kept = "best so far"
-        except checkpoints.CheckpointError as reason:
-            kept = str(reason)
-        copy_into(self.parameters, moving)
-        print(f"step {step}, {seconds / 60:.1f} min, held-out loss {loss:.5f}, {kept}", flush=True)
+        keep_best(self.arguments.run, self.configuration, self.model, self.average, self.held_out, step, seconds)
 
 
 def train(arguments: argparse.Namespace) -> None:
