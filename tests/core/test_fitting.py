@@ -5,12 +5,14 @@ from math import log
 
 import pytest
 import torch
+from hypothesis import assume, example, given, settings
+from hypothesis import strategies as st
 from spacetime_edit.core.fitting import Placement, fit_frames, fit_size, place_images, place_mask
 
-SIZES = [(1920, 1080), (1080, 1920), (640, 480), (854, 480), (500, 333), (64, 64), (100, 130), (7, 5), (1919, 101)]
-LIMITS = [(64, 576), (64, 1024), (16, 100), (8, 576), (1, 77), (32, 33)]
-every_size = pytest.mark.parametrize("size", SIZES, ids=str)
-every_limit = pytest.mark.parametrize(("multiple", "max_side"), LIMITS)
+many = settings(max_examples=200, deadline=None, derandomize=True)
+SIZES = st.tuples(st.integers(1, 4096), st.integers(1, 4096))
+LIMITS = st.sampled_from([1, 8, 14, 16, 32, 64]).flatmap(lambda n: st.tuples(st.just(n), st.integers(n, 1024)))
+MODES = st.sampled_from(["crop", "pad"])
 every_mode = pytest.mark.parametrize("mode", ["crop", "pad"])
 
 
@@ -28,10 +30,11 @@ def centroid(picture):
 # sizes
 
 
-@every_size
-@every_limit
-@every_mode
-def test_sides_are_multiples_within_the_bound(size, multiple, max_side, mode):
+@many
+@given(SIZES, LIMITS, MODES)
+@example((1919, 101), (64, 576), "pad")
+def test_sides_are_multiples_within_the_bound(size, limit, mode):
+    multiple, max_side = limit
     placement = fit_size(*size, multiple=multiple, max_side=max_side, mode=mode)
     for side, old, scaled in zip(placement.size, size, placement.scaled, strict=True):
         assert side % multiple == 0 and multiple <= side <= max_side
@@ -40,25 +43,27 @@ def test_sides_are_multiples_within_the_bound(size, multiple, max_side, mode):
     assert any(s == t for s, t in zip(placement.size, placement.scaled, strict=True)), "cut or padded more than needed"
 
 
-@every_size
-@every_limit
-def test_the_aspect_ratio_is_the_nearest_that_rounding_allows(size, multiple, max_side):
+@many
+@given(SIZES, LIMITS)
+def test_the_aspect_ratio_is_the_nearest_that_rounding_allows(size, limit):
     """Against all sizes whose sides are within one multiple of the scaled clip's."""
+    multiple, max_side = limit
     placement = fit_size(*size, multiple=multiple, max_side=max_side, mode="crop")
     sides = range(multiple, max_side + 1, multiple)
     shrink = min(1.0, sides[-1] / max(size))
-    near = ([s for s in sides if abs(s - shrink * n) < multiple or s == multiple] for n in size)
+    near = ([s for s in sides if abs(s - shrink * n) < multiple - 1e-6 or s == multiple] for n in size)
     error = [abs(log(w / h) - log(size[0] / size[1])) for w, h in product(*near)]
     width, height = placement.size
     assert abs(log(width / height) - log(size[0] / size[1])) <= min(error) + 1e-6
 
 
-@pytest.mark.parametrize("size", [s for s in SIZES if s[0] < 1900], ids=str)
-def test_the_scaled_picture_keeps_its_shape(size):
+@many
+@given(SIZES, LIMITS, MODES)
+def test_the_scaled_picture_keeps_its_shape(size, limit, mode):
     """Within the rounding to whole pixels."""
-    for mode in ("crop", "pad"):
-        (width, height), scaled = size, fit_size(*size, multiple=16, max_side=320, mode=mode).scaled
-        assert abs(scaled[0] * height / width - scaled[1]) <= max(1, height / width)
+    (width, height), (multiple, max_side) = size, limit
+    scaled = fit_size(*size, multiple=multiple, max_side=max_side, mode=mode).scaled
+    assert abs(scaled[0] * height / width - scaled[1]) <= max(1, height / width)
 
 
 @pytest.mark.parametrize(
@@ -88,11 +93,12 @@ def test_a_bound_below_one_multiple_is_named():
 # frames
 
 
-@pytest.mark.parametrize(("step", "offset"), [(1, 0), (4, 1), (8, 1), (2, 0), (3, 2)])
-@pytest.mark.parametrize("maximum", [9, 24, 81])
-@pytest.mark.parametrize("frames", [9, 10, 11, 23, 24, 25, 80, 81, 200])
+@many
+@given(st.integers(2, 300), st.integers(2, 300), st.integers(1, 9), st.integers(0, 9))
+@example(81, 81, 4, 1)
 def test_the_longest_clip_that_follows_the_rule(frames, maximum, step, offset):
     lengths = [n for n in range(2, min(frames, maximum) + 1) if n % step == offset % step]
+    assume(lengths)
     assert fit_frames(frames, maximum=maximum, step=step, offset=offset) == lengths[-1]
 
 

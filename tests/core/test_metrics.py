@@ -140,7 +140,7 @@ def test_psnr_and_ssim_are_those_of_other_libraries():
 # --- invariants ---------------------------------------------------------
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(SEEDS)
 def test_cosines_are_bounded_and_perfect_for_equal_embeddings(seed):
     g = torch.Generator().manual_seed(seed)
@@ -151,7 +151,7 @@ def test_cosines_are_bounded_and_perfect_for_equal_embeddings(seed):
     assert metrics.frame_consistency(frames) == pytest.approx(metrics.frame_consistency(frames.flip(0)))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(SEEDS)
 def test_more_noise_is_worse_and_order_of_clips_does_not_matter(seed):
     source, noise, mask = clip(seed), clip(seed + 1) - 0.5, torch.zeros(1, H, W)
@@ -166,7 +166,7 @@ def test_more_noise_is_worse_and_order_of_clips_does_not_matter(seed):
     assert errors == sorted(errors) and errors[0] <= 1e-12
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(SEEDS)
 def test_motion_fidelity_is_symmetric_bounded_and_never_nan(seed):
     g = torch.Generator().manual_seed(seed)
