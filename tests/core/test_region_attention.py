@@ -1,5 +1,8 @@
 """Region attention against its definition written out with dense tokens x tokens tensors in float64."""
 
+import importlib.util
+import sys
+
 import pytest
 import torch
 from spacetime_edit.core import region_attention
@@ -127,7 +130,6 @@ def test_without_a_graph_the_values_are_the_same(case, parts, monkeypatch):
     if parts > 1:
         monkeypatch.setattr(region_attention, "TOGETHER", 1)
     arguments, options = prepared(case)
-    assert len(region_attention._heads_at_once(*arguments[:2])) == parts
     with torch.inference_mode():
         ours = modulated_attention(*arguments, **options)
     options.pop("tile", None)
@@ -247,13 +249,32 @@ def test_shapes_that_do_not_fit_are_named(change, message):
         modulated_attention(query, key, value, u, v, strength, **change)
 
 
+@pytest.mark.parametrize(("together", "calls"), [(None, [(2, 2)]), (1, [(1, 1)] * 4)])
+def test_what_is_worked_on_at_once(together, calls, monkeypatch):
+    """Batch items and heads of each call of the stock attention."""
+    if together:
+        monkeypatch.setattr(region_attention, "TOGETHER", together)
+    arguments, seen = prepared({})[0], []
+
+    def attention(query, *others, **options):
+        seen.append(tuple(query.shape[:2]))
+        return scaled_dot_product_attention(query, *others, **options)
+
+    with torch.inference_mode():
+        modulated_attention(*arguments, attention=attention)
+    assert seen == calls
+
+
 def test_the_slower_form_is_told_once(monkeypatch, caplog):
-    monkeypatch.setattr(region_attention, "TOGETHER", 1)
-    region_attention._say_tiled.cache_clear()
+    spec = region_attention.__spec__  # a fresh copy of the module, which has told nobody
+    fresh = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, fresh)
+    spec.loader.exec_module(fresh)
+    monkeypatch.setattr(fresh, "TOGETHER", 1)
     arguments, options = prepared(CASES["keys left alone"])
     with caplog.at_level("INFO", "spacetime_edit"):
         for _ in range(2):
-            modulated_attention(*arguments, **options)
+            fresh.modulated_attention(*arguments, **options)
     assert len(caplog.records) == 1
 
 

@@ -8,6 +8,7 @@ import shutil
 
 import comfy.model_management as management
 import comfy.model_patcher
+import comfy.ops
 import comfy.samplers
 import comfy.supported_models
 import diffusers
@@ -234,6 +235,36 @@ class CallCounter:
         if self.on_call is not None:
             self.on_call(self.calls)
         return executor(*args, **kwargs)
+
+
+def stream_weights(monkeypatch):
+    """From now on each cast gives a view of a shared buffer without a version counter, overwritten afterwards.
+
+    Returns the buffers, which fill up by their size.
+    """
+    cast, buffers = comfy.ops.cast_bias_weight, {}
+
+    def into_buffer(tensor, role):
+        if tensor is None:
+            return None
+        with torch.inference_mode(False):
+            key = role, tuple(tensor.shape), tensor.dtype
+            buffer = buffers.setdefault(key, torch.empty(tensor.shape, dtype=tensor.dtype))
+            buffer.data.copy_(tensor)
+            return buffer.data
+
+    def streaming_cast(module, *args, **kwargs):
+        weight, bias, *stream = cast(module, *args, **kwargs)
+        return into_buffer(weight, "weight"), into_buffer(bias, "bias"), *stream
+
+    def poison(module, weight, bias, stream):
+        for tensor in (weight, bias):
+            if tensor is not None:
+                tensor.data.fill_(float("nan"))
+
+    monkeypatch.setattr(comfy.ops, "cast_bias_weight", streaming_cast)
+    monkeypatch.setattr(comfy.ops, "uncast_bias_weight", poison)
+    return buffers
 
 
 class Untouched:

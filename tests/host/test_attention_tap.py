@@ -233,11 +233,11 @@ def test_differentiable_attention_is_the_same_attention(subject):
 def test_an_exception_in_the_model_leaves_nothing_behind(subject, error):
     """Also one that is no `Exception`, as the host's interrupt is."""
     model, positive, negative = subject
-    before, inside = support.Untouched(model), []
+    before, inside, failing = support.Untouched(model), [], [True]
 
     def fail(call):
         inside.append(support.hook_count(model.model.diffusion_model))
-        if call.layer.block == "m0":
+        if failing and call.layer.block == "m0":
             raise error("in the middle")
 
     tap = AttentionTap(model, [fail])
@@ -245,26 +245,30 @@ def test_an_exception_in_the_model_leaves_nothing_behind(subject, error):
         support.prediction(model, positive, clip(), negative, options=tap.install(model.model_options))
     assert before.changed() == []
     assert inside[0] > 0, "the tap has no hooks: this test proves nothing"
-    assert tap._stack == [] and tap._run is None
-    calls, listener = recorder()
-    tapped(model, positive, negative, clip(), listener)
-    assert len(calls) == len(attention_layers(model))
+    failing.clear()
+    inside.clear()  # the same tap again, as if nothing had been
+    support.prediction(model, positive, clip(), negative, options=tap.install(model.model_options))
+    assert len(inside) == len(attention_layers(model)) and before.changed() == []
 
 
 def test_enough_seen_ends_the_run_early(tiny):
-    before, seen = support.Untouched(tiny.model), []
+    before, seen, enough = support.Untouched(tiny.model), [], ["d1"]
 
     def stop(call):
         seen.append(call.layer.path)
-        if call.layer.block == "d1":
+        if call.layer.block in enough:
             raise EnoughSeen
 
     tap = AttentionTap(tiny.model, [stop])
     options = tap.install(tiny.model.model_options)
     run = lambda: support.prediction(tiny.model, support.encode(tiny), clip(), options=options)  # noqa: E731
     assert until_enough_seen(run) is None
-    assert before.changed() == [] and tap._stack == [] and tap._run is None
+    assert before.changed() == []
     assert "down_blocks.1" in seen[-1] and len(seen) < len(attention_layers(tiny.model)) / 2
+    enough.clear()
+    seen.clear()  # the same tap again, to the end
+    assert torch.equal(run(), support.prediction(tiny.model, support.encode(tiny), clip()))
+    assert sorted(seen) == sorted(attention_layers(tiny.model))
 
 
 # choice of blocks

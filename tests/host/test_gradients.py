@@ -1,7 +1,6 @@
-"""Gradients through the real ModelPatcher in a real sampler step, against finite differences."""
+"""Gradients through the real ModelPatcher in a real sampler step: what they go through, and what they leave behind."""
 
 import comfy.model_management as management
-import comfy.ops
 import pytest
 import torch
 from spacetime_edit.core.relevance import matching_loss
@@ -83,19 +82,20 @@ class Matching:
 # the numbers
 
 
-def test_gradient_of_an_output_loss(subject):
+def test_the_loss_is_that_of_a_plain_prediction(subject):
+    """Of kernels that have a backward, and of every frame; its gradient is tested in `test_families`."""
+
     def run(gradient_of, predict_plainly, x):
         loss, gradient = gradient_of(x)
         assert loss == pytest.approx(float(output_loss(predict_plainly(x))), rel=1e-4)
-        assert torch.isfinite(gradient).all() and gradient.shape == x.shape and gradient.norm() > 0
-        assert all(frame.norm() > 0 for frame in gradient)
-        return error_of(gradient, lambda z: output_loss(predict_plainly(z)), x)
+        assert gradient.shape == x.shape and all(frame.norm() > 0 for frame in gradient)
 
-    assert in_a_step(*subject, clip(), run) <= 1e-3
+    in_a_step(*subject, clip(), run)
 
 
 def test_gradient_of_the_matching_loss(tiny, tiny64):
-    """Against differences in float64: the loss bends so much that in float32 no step is right for it."""
+    """Of the trained model, whose forward ends early. Against differences in float64: the loss bends so much that in
+    float32 no step is right for it."""
 
     def value_of(matching, predict_plainly, latent):
         recorder = FeatureRecorder(None)
@@ -119,23 +119,6 @@ def test_gradient_of_the_matching_loss(tiny, tiny64):
     assert in_a_step(tiny64.model, support.encode(tiny), clip(), error) <= 1e-3
 
 
-def test_gradient_of_every_element_is_right_not_only_along_itself(tiny):
-    """Directional derivatives in three random directions."""
-
-    def run(gradient_of, predict_plainly, x):
-        _, gradient = gradient_of(x)
-        errors = []
-        for seed in range(3):
-            along = clip(10 + seed)
-            along = along / along.norm()
-            value = lambda z: float(output_loss(predict_plainly(z)))  # noqa: E731
-            slope = (value(x + 0.1 * along) - value(x - 0.1 * along)) / 0.2
-            errors.append(abs(slope - float((gradient * along).sum())) / float(gradient.norm()))
-        return max(errors)
-
-    assert in_a_step(tiny.model, support.encode(tiny), clip(), run) <= 1e-3
-
-
 def test_loss_scale_is_divided_out(tiny):
     def run(gradient_of, predict_plainly, x):
         return gradient_of(x)[1], gradient_of(x, loss_scale=2.0**14)[1]
@@ -152,47 +135,11 @@ def test_keeping_copies_for_mutating_blocks_gives_the_same_gradient(tiny):
     assert support.relative(copied, plain) < 1e-6
 
 
-def test_weights_stored_in_bf16_give_the_same_direction(tiny):
-    bf16 = load_folder(EMBEDDED, weight_dtype="bf16")[0]
-    assert bf16.model.get_dtype() == torch.bfloat16
-
-    def run(gradient_of, predict_plainly, x):
-        recorder = FeatureRecorder(None)
-        matching = Matching(predict_plainly, clip(1))
-        match = gradient_of(x, lambda denoised: matching(recorder), [recorder])[1]
-        return torch.stack([match, gradient_of(x)[1]]).flatten(1)
-
-    full, half = (in_a_step(model, support.encode(tiny), clip(), run) for model in (tiny.model, bf16))
-    assert torch.nn.functional.cosine_similarity(full, half, dim=1).min() > 0.99
-    assert not torch.equal(full, half)
-
-
 def test_weight_buffers_that_the_host_reuses_do_not_reach_the_gradient(tiny, monkeypatch):
     """Streamed weights: each cast gives a view of a shared buffer without a version counter, overwritten afterwards."""
     streamed, positive = load_folder(EMBEDDED, weight_dtype="bf16")[0], support.encode(tiny)
     expected = in_a_step(streamed, positive, clip(), lambda gradient_of, _, x: gradient_of(x))[1]
-    cast, buffers = comfy.ops.cast_bias_weight, {}
-
-    def into_buffer(tensor, role):
-        if tensor is None:
-            return None
-        with torch.inference_mode(False):
-            key = role, tuple(tensor.shape), tensor.dtype
-            buffer = buffers.setdefault(key, torch.empty(tensor.shape, dtype=tensor.dtype))
-            buffer.data.copy_(tensor)
-            return buffer.data
-
-    def streaming_cast(module, *args, **kwargs):
-        weight, bias, *stream = cast(module, *args, **kwargs)
-        return into_buffer(weight, "weight"), into_buffer(bias, "bias"), *stream
-
-    def poison(module, weight, bias, stream):
-        for tensor in (weight, bias):
-            if tensor is not None:
-                tensor.data.fill_(float("nan"))
-
-    monkeypatch.setattr(comfy.ops, "cast_bias_weight", streaming_cast)
-    monkeypatch.setattr(comfy.ops, "uncast_bias_weight", poison)
+    buffers = support.stream_weights(monkeypatch)
     result = in_a_step(streamed, positive, clip(), lambda gradient_of, _, x: gradient_of(x))[1]
     assert len(buffers) > 10
     assert torch.equal(result, expected)
@@ -212,32 +159,6 @@ def test_a_layer_that_another_pack_has_replaced_keeps_its_own_gradient(tiny):
     replacement = layer.forward
     assert in_a_step(model, positive, clip(), compare) <= 1e-3
     assert layer.forward is replacement
-
-
-def test_a_lora_is_in_the_gradient(tiny):
-    """Finite differences of the patched model, whose gradient differs from the plain one's."""
-    model = with_lora(tiny.model)
-
-    def run(gradient_of, predict_plainly, x):
-        gradient = gradient_of(x)[1]
-        return gradient, error_of(gradient, lambda z: output_loss(predict_plainly(z)), x, (0.1, 0.03))
-
-    patched, error = in_a_step(model, support.encode(tiny), clip(), run)
-    plain = in_a_step(tiny.model, support.encode(tiny), clip(), lambda gradient_of, _, x: gradient_of(x)[1])
-    assert error <= 1e-3
-    assert support.relative(patched, plain) > 1e-2
-
-
-def with_lora(model):
-    """A clone with a random rank-2 change of the spatial attentions' query projections."""
-    clone, generator = model.clone(), torch.Generator().manual_seed(5)
-    patches = {}
-    for key, weight in model.model.state_dict().items():
-        if key.endswith("attn1.to_q.weight"):
-            down, up = (torch.randn(n, 2, generator=generator) for n in weight.shape)
-            patches[key] = ("diff", (0.05 * down @ up.T,))
-    assert clone.add_patches(patches)
-    return clone
 
 
 # what is left behind
