@@ -2,7 +2,7 @@
 
     python dev.py setup             make .venv, bring ComfyUI to .host/ComfyUI, link the pack into it
     python dev.py demo  [args]      the demonstration (tools/demo.py)
-    python dev.py test  [args]      lint, fast tests; --all adds live server and browser; rest to pytest
+    python dev.py test  [args]      lint, fast tests; --all: every model family, live server, browser; rest to pytest
     python dev.py serve [args]      ComfyUI with the pack; args go to ComfyUI (--port 8188, --cpu, ...)
     python dev.py bench [name ...]  list the benchmarks, or run one with its args
     python dev.py run WORKFLOW      run a graph in API format, or a template, without the editor (tools/run.py)
@@ -212,7 +212,7 @@ def test(arguments: list[str]) -> int:
     setup()
     tiers = FAST_TIERS + (LIVE_TIERS if "--all" in arguments else ())
     folders = [folder for tier in tiers if (folder := ROOT / "tests" / tier).is_dir()]
-    arguments = [argument for argument in arguments if argument != "--all"]
+    arguments = ["--every-family" if argument == "--all" else argument for argument in arguments]
     named = [argument for argument in arguments if argument.startswith("tests")]
     workers = min(os.cpu_count() or 1, MOST_WORKERS)
     shared = [] if named or "-n" in arguments or workers == 1 else ["-n", workers, "--dist", "worksteal"]

@@ -27,6 +27,23 @@ spec.loader.exec_module(loader)
 loader.load_pack(host=False)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--every-family", action="store_true", help="also the tests marked every_family, which take long")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "every_family: of models beside the three of the fast tier (--every-family)")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--every-family"):
+        return
+    left_out = [item for item in items if item.get_closest_marker("every_family")]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("every_family")]
+
+
 def tier(path: Path) -> str:
     """`core` for a file under tests/core, and so on; "" elsewhere."""
     return next((name for name in TIERS if path.is_relative_to(ROOT / "tests" / name)), "")

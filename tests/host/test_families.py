@@ -18,22 +18,21 @@ from comfy.context_windows import (
 from comfy.patcher_extension import WrappersMP
 from comfy.quant_ops import QuantizedTensor
 from spacetime_edit.core.parametrization import noise_fraction
-from spacetime_edit.core.regions import Region, membership, partition
+from spacetime_edit.core.regions import Region
 from spacetime_edit.core.relevance import matching_loss
-from spacetime_edit.host import checkpointing, distillation, relevance_matching
+from spacetime_edit.host import relevance_matching
 from spacetime_edit.host.attention_regions import regions_from_attention
 from spacetime_edit.host.attention_tap import AttentionTap
 from spacetime_edit.host.checkpointing import checkpointed
 from spacetime_edit.host.conditioning import PICTURE
 from spacetime_edit.host.distillation import (
-    SOURCE_POSITIVE,
     SPATIAL,
     TEMPORAL,
     Distillation,
     key_blocks,
     optimise,
 )
-from spacetime_edit.host.families import attention_layers, family_of
+from spacetime_edit.host.families import attention_layers, family_of, noise_space
 from spacetime_edit.host.features import FeatureRecorder
 from spacetime_edit.host.gradients import latent_gradient, normal_tensor, predict
 from spacetime_edit.host.inflation import inflation_of
@@ -41,34 +40,41 @@ from spacetime_edit.host.inversion import invert
 from spacetime_edit.host.memory import ActivationMeter
 from spacetime_edit.host.region_patch import RegionModulation, patch_regions
 from spacetime_edit.host.region_prompt import Layout
-from spacetime_edit.host.relevance_matching import RelevanceMatching, lacks_for_relevance, str_score_of
+from spacetime_edit.host.relevance_matching import RelevanceMatching, str_score_of
 from spacetime_edit.host.relevance_preview import check_images, relevance_of, show_to
 from spacetime_edit.host.sampling import TrajectorySampler
 from spacetime_edit.host.token_attention import share_inside, token_attention
 from spacetime_edit.host.trajectory_files import save_trajectory
-from spacetime_edit.tests.host import support
-from spacetime_edit.tests.host.tiny_families import BY_NAME, DITS, KNOWN, by_hand
+from spacetime_edit.tests.host import plain_distillation, support
+from spacetime_edit.tests.host.tiny_families import BY_NAME, DITS, KNOWN, MASK, by_hand, families, families_named
 from spacetime_edit.tools.live_memory import PeakMemory
 
 MIDDLE = 0.5  # of the denoising
 PERCENT = 0.1  # where regions act strongly
 
 
-@pytest.fixture(scope="module", params=BY_NAME)
+every_family = families()
+matched_families = families(lambda family: family.matched)
+transformers = families(lambda family: family.patched)
+
+
+@pytest.fixture(scope="module")
 def family(request):
     return BY_NAME[request.param]
 
 
-@pytest.fixture
-def transformer(family):
-    if not family.patched:
-        pytest.skip("of models whose tokens are patches of space and time")
+@pytest.fixture(scope="session")
+def kept():
+    """Models and trajectories by family: tests of other choices of families come between those that share them."""
+    return {}
 
 
 @pytest.fixture(scope="module")
-def model(family):
-    with torch.inference_mode():
-        return family.model()
+def model(family, kept):
+    if family.name not in kept:
+        with torch.inference_mode():
+            kept[family.name] = family.model()
+    return kept[family.name]
 
 
 def watched(model, family):
@@ -107,6 +113,7 @@ def halves(family):
 # --- what the tap sees --------------------------------------------------
 
 
+@every_family
 def test_every_attention_is_classified(family, model):
     """Against a count of the host's own calls; the tokens of the clip are where the family's row says."""
     raw = []
@@ -144,7 +151,8 @@ def test_every_attention_is_classified(family, model):
         assert call.rows[0].frames == call.rows[0].key_frames == tuple(range(frames))
 
 
-def test_the_clips_tokens_are_the_clips(family, model, transformer):
+@transformers
+def test_the_clips_tokens_are_the_clips(family, model):
     """A change of the prompt changes the other tokens of the first layer only, one of a frame that frame's most."""
     first = next(iter(attention_layers(model)))
 
@@ -165,6 +173,7 @@ def test_the_clips_tokens_are_the_clips(family, model, transformer):
     assert moved[-1] > 1e-2 and moved[:-1].max() <= 1e-5
 
 
+@every_family
 def test_query_key_and_value_are_what_attention_gets(family, model):
     """Attention written out from them gives the same prediction: they are past norms and rotation."""
 
@@ -182,6 +191,7 @@ def test_query_key_and_value_are_what_attention_gets(family, model):
     assert effect > 0 and (replaced - plain).norm() <= 2e-2 * effect
 
 
+@every_family
 def test_others_are_called_as_often_as_without_us(family, model):
     """A foreign override and a foreign wrapper; rows that regions leave alone may be a call of their own."""
     seen = {"override": 0, "wrapper": 0}
@@ -210,10 +220,10 @@ def test_others_are_called_as_often_as_without_us(family, model):
     assert alone["override"] >= family.calls - family.hidden
 
 
+@families(lambda family: family.of_host)
 def test_a_replaced_attention_is_called_as_often_as_without_us(family, model):
-    """An attn2 replace patch, as reference-image packs set it; of U-Nets that know such patches."""
-    if family_of(model).diffusion_model not in ("UNetModel", "VideoUNet"):
-        pytest.skip("only Stability AI's blocks ask the host for such patches")
+    """An attn2 replace patch, as reference-image packs set it, which only these blocks ask the host for."""
+    assert family_of(model).diffusion_model in ("UNetModel", "VideoUNet")
     seen = []
 
     def replace(q, k, v, extra_options):
@@ -268,6 +278,7 @@ def str_blocks(model):
     return frozenset(names)
 
 
+@every_family
 def test_gradients_are_those_of_finite_differences(family, model):
     """With activations and without; along the gradient, and along another direction, which an error across the
     gradient would show in."""
@@ -290,13 +301,17 @@ def test_gradients_are_those_of_finite_differences(family, model):
     assert before.changed() == []
 
 
+@every_family
 def test_nothing_of_a_gradient_outlives_it(family, model):
-    """Recomputed blocks and what they recorded: a circle through autograd, which the collector does not see."""
-    gradient(model, family, family.clip(), low_memory=True)
-    gc.collect()
-    assert not [thing for thing in gc.get_objects() if type(thing) is checkpointing._Block]
+    """Recomputed blocks and what they recorded could, in a circle through autograd, which no collector sees."""
+    gradient(model, family, family.clip(), low_memory=True)  # what the host keeps after its first run is kept once
+    with PeakMemory() as memory:
+        _, found = gradient(model, family, family.clip(), low_memory=True)
+        gc.collect()
+    assert memory.live <= 2 * found.nbytes + 4096 and memory.peak > 10 * found.nbytes
 
 
+@every_family
 def test_an_attention_without_gradient_is_named(family, model):
     """As packs with 8-bit kernels put in: its output has no graph, and a gradient around it would be wrong."""
 
@@ -306,14 +321,12 @@ def test_an_attention_without_gradient_is_named(family, model):
 
     foreign = model.clone()
     foreign.model_options["transformer_options"]["optimized_attention_override"] = kernel
-    if family.hidden == family.calls - 14:
-        pytest.skip("its attention over space is that of SD 1.5")
     with pytest.raises(ValueError, match="model: another pack has put an attention into it that gives no gradient"):
         gradient(foreign, family, family.clip())
 
 
 @pytest.mark.parametrize("own_cast", [False, True])
-@pytest.mark.parametrize("family", ["Wan"], indirect=True, scope="module")
+@families_named("Wan")
 def test_weights_in_a_foreign_format(family, model, own_cast):
     """Bytes that another pack unpacks in its layers' forward: with its own way to a weight the gradient is right, else
     the layer is named."""
@@ -343,7 +356,8 @@ def test_weights_in_a_foreign_format(family, model, own_cast):
 
 
 @pytest.mark.parametrize("low_memory", [False, True])
-def test_predicted_memory_is_what_a_gradient_takes(family, model, transformer, low_memory):
+@transformers
+def test_predicted_memory_is_what_a_gradient_takes(family, model, low_memory):
     """Of a whole pass over a larger clip, within 0.8 and 1.4 of what lives at its peak."""
     clip = torch.randn(*family.shape[:-2], 4 * family.shape[-2], 4 * family.shape[-1])
 
@@ -364,6 +378,7 @@ def test_predicted_memory_is_what_a_gradient_takes(family, model, transformer, l
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn], ids=str)
+@every_family
 def test_gradients_with_smaller_weights_point_the_same_way(family, model, dtype):
     """And are exactly those of a model in float32 whose weights are rounded so."""
     small, rounded = family.model(dtype=dtype), family.model()
@@ -375,7 +390,7 @@ def test_gradients_with_smaller_weights_point_the_same_way(family, model, dtype)
     assert not torch.equal(exact, rough) and support.relative(rough, same) <= 1e-6
 
 
-@pytest.mark.parametrize("family", ["CogVideoX 1.0"], indirect=True, scope="module")
+@families_named("CogVideoX 1.0")
 @pytest.mark.parametrize("kind", ["float8_e4m3fn", "int8_tensorwise"])
 def test_gradients_of_quantised_checkpoints_point_the_same_way(family, model, kind):
     """The host's own formats of quantised weights, as such checkpoints name them."""
@@ -407,29 +422,56 @@ def sigmas_of(model, steps):
 
 
 @pytest.fixture(scope="module")
-def inverted(family, model):
+def inverted(family, model, kept):
     """A trajectory of 16 steps, of a clip that is not pure noise to the model."""
-    with torch.inference_mode():
-        return invert(model, family.conditioning(), 0.5 * family.clip(), sigmas_of(model, 16), refinements=6)
+    name = f"inverted {family.name}"
+    if name not in kept:
+        with torch.inference_mode():
+            kept[name] = invert(model, family.conditioning(), 0.5 * family.clip(), sigmas_of(model, 16), refinements=6)
+    return kept[name]
+
+
+def relevance_at(model, positive, latent, sigma, blocks):
+    """The features of the STR score of one latent, as the sampler holds it."""
+    recorder = FeatureRecorder(blocks)
+    options = AttentionTap(model, [recorder]).install
+    support.prediction(model, positive, latent, cfg=1.0, sigma=sigma, options=options)
+    return recorder.features
 
 
 @pytest.mark.parametrize("cfg", [1.0, 2.0])
-def test_regions_and_matching_act_together_in_a_run(family, model, inverted, cfg):
-    """Three steps of a sampler, with guidance and without: each of the two changes what the other gives."""
-    if lacks_for_relevance(model):
-        pytest.skip("has no STR score")
-    last = inverted.sigmas[-4:]
-    matching = RelevanceMatching(str_score_of(inverted), max(family.step, 1e-3))
+@matched_families
+def test_a_run_with_regions_and_matching_is_its_steps(family, model, inverted, cfg):
+    """The target's score, under the regions, is compared with the source's, without them; from the latent that is moved
+    so, a DDIM step goes by the prediction under regions and guidance."""
+    sigmas, score, space = inverted.sigmas[:4], str_score_of(inverted), noise_space(model)
+    matching = RelevanceMatching(score, max(family.step, 1e-3))
     patched = patch_regions(model, RegionModulation(halves(family), end=1.0, self_strength=3.0, cross_strength=3.0))
+    positive, negative, seen = family.conditioning(1), family.conditioning(2) if cfg > 1 else None, []
 
-    def made(model, *before_step):
-        guider = support.guider_of(model, family.conditioning(1), family.conditioning(2) if cfg > 1 else None, cfg)
-        empty = torch.zeros(inverted.shape)
-        sampler = TrajectorySampler(inverted, before_step=before_step)
-        return guider.sample(empty, empty, sampler, last, disable_pbar=True, seed=0)
+    def watched(x, step):
+        seen.append((x.clone(), matching(x, step)))
+        return seen[-1][1]
 
-    both, regions, matched = made(patched, matching), made(patched), made(model, matching)
-    assert both.isfinite().all() and not torch.equal(both, regions) and not torch.equal(both, matched)
+    guider, empty = support.guider_of(patched, positive, negative, cfg), torch.zeros(inverted.shape)
+    sampler = TrajectorySampler(inverted, before_step=[watched])
+    records = sampler.records_of(guider.sample(empty, empty, sampler, sigmas, disable_pbar=True, seed=0))
+    for k, (before, after) in enumerate(seen):
+        source = relevance_at(model, family.conditioning(), inverted.latents[k], sigmas[k], score.blocks)
+
+        def cosine(model, k=k, before=before, source=source):
+            target = relevance_at(model, positive, before, sigmas[k], score.blocks)
+            losses = [matching_loss(features, target[path], **score.form) for path, features in source.items()]
+            return -float(torch.stack(losses).mean())
+
+        under, without = cosine(patched), cosine(model)
+        assert abs(records[k].cosines[0] - under) <= 1e-5 + 0.01 * abs(under - without)
+        assert not torch.equal(after, before)
+        if k + 1 < len(seen):
+            (a, s), (a_then, s_then) = (space.signal_and_noise(sigma) for sigma in sigmas[k : k + 2])
+            denoised = support.prediction(patched, positive, after, negative, cfg, sigmas[k])
+            expected = a_then * denoised + s_then * (after - a * denoised) / s
+            assert support.relative(seen[k + 1][0], expected) <= 1e-5
 
 
 def sampled(model, family, trajectory, before_step=(), *, positive=None, cfg=2.0):
@@ -440,6 +482,7 @@ def sampled(model, family, trajectory, before_step=(), *, positive=None, cfg=2.0
     return guider.sample(empty, empty, sampler, trajectory.sigmas, disable_pbar=True, seed=0)
 
 
+@every_family
 def test_an_inverted_clip_comes_back(family, model, inverted):
     """And closer than by another prompt, which moves these quiet models a little only."""
     assert inverted.latents.isfinite().all()
@@ -453,11 +496,14 @@ def test_an_inverted_clip_comes_back(family, model, inverted):
         assert back < 0.5 * by_another
 
 
+@families(lambda family: not family.matched)
+def test_matching_is_refused_without_temporal_attention(family, inverted):
+    with pytest.raises(ValueError, match="has no temporal attention, which the STR score is built from"):
+        str_score_of(inverted)
+
+
+@matched_families
 def test_matching_brings_the_relevance_closer_and_is_neutral_at_zero(family, model, inverted):
-    if lacks_for_relevance(model):
-        with pytest.raises(ValueError, match="has no temporal attention, which the STR score is built from"):
-            str_score_of(inverted)
-        return
     before = watched(model, family)
     score = str_score_of(inverted)
 
@@ -479,6 +525,7 @@ def test_matching_brings_the_relevance_closer_and_is_neutral_at_zero(family, mod
     assert before.changed() == []
 
 
+@every_family
 def test_regions_act_and_are_neutral_at_zero(family, model):
     before = watched(model, family)
     positive, negative = family.conditioning(), family.conditioning(1)
@@ -492,12 +539,8 @@ def test_regions_act_and_are_neutral_at_zero(family, model):
     assert before.changed() == []
 
 
-def test_regions_are_the_methods_own_scores(family, model, transformer):
-    """Against the definition, dense and in float64: two halves of the clip, two words for the left one, one for the
-    right, the rest of the prompt in neither. Half of the clip each, so that the size term is a half."""
-    t = 1 - PERCENT
-    calls, _ = calls_of(model, family, family.conditioning(1), percent=PERCENT)
-    modulation = RegionModulation(halves(family), end=1.0, self_strength=1.5, cross_strength=1.5)
+def memberships(family):
+    """Of the clip's tokens and of the prompt's words in the regions of `halves`, in float64."""
     frames, height, width = family.grid
     right = (torch.arange(width) >= width / 2).expand(frames, height, width).flatten()
     sides = torch.stack([~right, right], 1).double()
@@ -505,33 +548,48 @@ def test_regions_are_the_methods_own_scores(family, model, transformer):
         sides[(torch.arange(width) == width // 2).expand(frames, height, width).flatten()] = 0.5
     words = torch.zeros(family.words, 2, dtype=torch.float64)
     words[[1, 2], 0] = words[4, 1] = 1
+    return sides, words
+
+
+def by_definition(call, t, sides, words, strength, text_first):
+    """(output with regions, without them) of an attention of a transformer, dense and in float64, for every row."""
+    before, clip, after = call.parts(call.query) if call.kind != "joint" else (0, len(sides), 0)
+    sides = torch.nn.functional.pad(sides, (0, 0, before, after))  # those of a reference picture
+    of_clip = torch.zeros(len(sides), dtype=torch.bool)
+    of_clip[before : before + clip] = True
+    size = 1 - (sides * sides[of_clip].mean(0)).sum(1)
+    strength = strength * t**5 * size * of_clip * (1.0 if call.kind == "cross" else 0.3)
+    queries, keys, together = sides, sides, [of_clip]
+    if call.kind == "cross":
+        keys, together = words, [torch.ones(len(words), dtype=torch.bool)]
+    if call.kind == "joint":
+        order = (lambda text, clip: [text, clip]) if text_first else (lambda text, clip: [clip, text])
+        queries = keys = torch.cat(order(words, sides))
+        strength = torch.cat(order(words.new_zeros(len(words)), strength))
+        own = torch.cat(order(torch.zeros(len(words), dtype=torch.bool), of_clip))
+        together = [own, ~own]
+    assert call.key.shape[2] == len(keys) and call.query.shape[2] == len(queries)
+    shared, a = queries @ keys.T, strength[:, None]
+    q, k, v = (x.double() for x in (call.query, call.key, call.value))
+    scores = q @ k.mT * call.scale
+    scores = scores if call.mask is None else scores + call.mask.double()
+    pulled = scores.clone()
+    for block in together:
+        own = scores[..., block]
+        low, high = own.amin(-1, keepdim=True), own.amax(-1, keepdim=True)
+        pulled[..., block] = (1 - a) * own + a * (low + shared[:, block] * (high - low))
+    return pulled.softmax(-1) @ v, scores.softmax(-1) @ v
+
+
+@transformers
+def test_regions_are_the_methods_own_scores(family, model):
+    """Against the definition: two halves of the clip, two words for the left one, one for the right, the rest of the
+    prompt in neither. Half of the clip each, so that the size term is a half."""
+    calls, _ = calls_of(model, family, family.conditioning(1), percent=PERCENT)
+    modulation = RegionModulation(halves(family), end=1.0, self_strength=1.5, cross_strength=1.5)
+    text_first = family_of(model).patched == "last"
     for call in calls:
-        text_keys = call.key.shape[2] - (0 if call.kind == "cross" else len(sides))
-        text = words if call.kind != "spacetime" else words[:0]
-        tokens = {"cross": (sides, text), "spacetime": (sides, sides)}.get(call.kind)
-        if call.kind == "joint":
-            both = torch.cat([text, sides] if family_of(model).patched == "last" else [sides, text])
-            tokens = both, both
-        assert text_keys == len(text)
-        shared = tokens[0] @ tokens[1].T
-        size = 1 - (sides * sides.mean(0)).sum(1)
-        strength = 1.5 * t**5 * size * (1.0 if call.kind == "cross" else 0.3)
-        q, k, v = (x.double() for x in (call.query, call.key, call.value))
-        scores = q @ k.mT * call.scale
-        scores = scores if call.mask is None else scores + call.mask.double()
-        of_clip = torch.ones(len(tokens[0]), dtype=torch.bool)
-        if call.kind == "joint":
-            of_clip = torch.arange(len(of_clip)) >= len(text)
-            of_clip = of_clip if family_of(model).patched == "last" else of_clip.flip(0)
-        keys = [slice(None)] if call.kind != "joint" else [of_clip, ~of_clip]
-        a = torch.zeros(len(tokens[0]), dtype=torch.float64).masked_scatter(of_clip, strength)[:, None]
-        pulled = scores.clone()
-        for block in keys:
-            own = scores[..., block]
-            low, high = own.amin(-1, keepdim=True), own.amax(-1, keepdim=True)
-            pulled[..., block] = (1 - a) * own + a * (low + shared[:, block] * (high - low))
-        expected = pulled.softmax(-1) @ v
-        plain = scores.softmax(-1) @ v
+        expected, plain = by_definition(call, 1 - PERCENT, *memberships(family), 1.5, text_first)
         rows = torch.tensor([row.prompt for row in call.rows])
         modulated = rows == 0 if call.kind in ("cross", "joint") else rows >= 0
         out = modulation(call).double()
@@ -540,43 +598,66 @@ def test_regions_are_the_methods_own_scores(family, model, transformer):
         assert (out[~modulated] - plain[~modulated]).abs().max() <= 1e-5 if (~modulated).any() else True
 
 
-def test_dds_moves_the_clip_and_stays_for_equal_prompts(family, model):
-    before = watched(model, family)
-    clip = 0.5 * family.clip()
-    weights = {SPATIAL: 0.3, TEMPORAL: 0.1}
+def prompts_of(family):
+    """Of the source, of the edit, negative."""
+    return [family.conditioning(seed) for seed in range(3)]
+
+
+@every_family
+def test_dds_is_its_two_steps_and_stays_for_equal_prompts(family, model):
+    """Against the same written down once more; in the first step source and target are one, so nothing else pulls."""
+    before, clip = watched(model, family), 0.5 * family.clip()
+    source, edit, negative = prompts_of(family)
+    options = dict(steps=2, weights={SPATIAL: 0.3, TEMPORAL: 0.1}, blocks=key_blocks(model), cfg=3.0)
+    expected = plain_distillation.optimised(model, source, edit, negative, clip, Distillation(**options), 0)
+    free = plain_distillation.optimised(
+        model, source, edit, negative, clip, Distillation(**options | {"weights": {}}), 0
+    )
+    pull = (expected - free).norm()
+    assert pull > 1e-3 * (expected - clip).norm() > 0
     for low_memory in (False, True):
-        settings = Distillation(steps=3, weights=weights, blocks=key_blocks(model), low_memory=low_memory)
-        arguments = (family.conditioning(), family.conditioning(1), family.conditioning(2), clip, settings)
-        moved, curve = optimise(model, *arguments, seed=0)
-        assert moved.isfinite().all() and not torch.equal(moved, clip) and len(curve) == 3
-    same = family.conditioning(), family.conditioning(), family.conditioning(2), clip, settings
-    torch.testing.assert_close(optimise(model, *same, seed=0)[0], clip, rtol=0, atol=1e-4)
+        settings = Distillation(**options, low_memory=low_memory)
+        moved, curve = optimise(model, source, edit, negative, clip, settings, seed=0)
+        assert (moved - expected).norm() <= 1e-3 * pull + 1e-6 * clip.norm() and len(curve) == 2
+    torch.testing.assert_close(
+        optimise(model, source, source, negative, clip, settings, seed=0)[0], clip, rtol=0, atol=1e-4
+    )
     assert before.changed() == []
 
 
 # --- conditionings ------------------------------------------------------
 
 
+@every_family
 def test_prompts_of_other_lengths_and_split_batches_agree(family, model, monkeypatch):
     """The regions act on both prompts whether they run beside one another or, as where memory is short, one by one."""
     patched = patch_regions(model, RegionModulation(halves(family), end=1.0))
-    positive, negative = family.conditioning(), family.conditioning(1)
-    together = predicted(patched, family, positive, negative=negative)
-    effect = (together - predicted(model, family, positive, negative=negative)).norm()
-    rows = []
-    tap = AttentionTap(patched, [lambda call: rows.append({row.prompt for row in call.rows})])
-    with monkeypatch.context() as patch:
-        patch.setattr(model.model, "memory_required", lambda *_, **__: 2**60)
-        apart = predicted(patched, family, positive, negative=negative, options=tap.install)
-    assert all(len(prompts) == 1 for prompts in rows) and {p for prompts in rows for p in prompts} == {0, 1}
-    assert (together - apart).norm() <= 2e-2 * effect
-    if "joint" in {layer.kind for layer in attention_layers(model).values()}:  # the negative prompt has no regions
-        alone = predicted(patched, family, positive, cfg=1.0), predicted(model, family, negative, cfg=1.0)
-        torch.testing.assert_close(together, alone[1] + 2.0 * (alone[0] - alone[1]), rtol=1e-4, atol=1e-4)
-    longer = predicted(patched, family, positive, negative=family.conditioning(1, words=2 * family.words))
-    assert longer.isfinite().all() and not torch.equal(longer, together)
+    positive = family.conditioning()
+    joint = "joint" in {layer.kind for layer in attention_layers(model).values()}
+    for words in (family.words, 2 * family.words):
+        negative = family.conditioning(1, words=words)
+        rows = []
+        tap = AttentionTap(patched, [lambda call, rows=rows: rows.append({row.prompt for row in call.rows})])
+        together = predicted(patched, family, positive, negative=negative, options=tap.install)
+        repeated = words > family.words and {0, 1} in rows  # to the longer prompt's length
+        if joint:  # the negative prompt has no regions
+            again = 2 if repeated else 1
+            extra = {key: v.repeat(1, again) if key == MASK else v for key, v in positive[0][1].items()}
+            longer = [[positive[0][0].repeat(1, again, 1), extra]]
+            alone = predicted(patched, family, longer, cfg=1.0), predicted(model, family, negative, cfg=1.0)
+            torch.testing.assert_close(together, alone[1] + 2.0 * (alone[0] - alone[1]), rtol=1e-4, atol=1e-4)
+        if joint and repeated:
+            continue  # a word more often has more of the attention, so one by one is something else
+        effect = (together - predicted(model, family, positive, negative=negative)).norm()
+        rows.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(model.model, "memory_required", lambda *_, **__: 2**60)
+            apart = predicted(patched, family, positive, negative=negative, options=tap.install)
+        assert all(len(prompts) == 1 for prompts in rows) and {p for prompts in rows for p in prompts} == {0, 1}
+        assert (together - apart).norm() <= 2e-2 * effect
 
 
+@every_family
 def test_a_latents_own_mask_is_the_samplers(family, model):
     """Also where the model reads a noise mask itself: in this loop no token is clean and no frame known."""
     trajectory = invert(model, family.conditioning(), 0.5 * family.clip(), sigmas_of(model, 2))
@@ -593,9 +674,8 @@ def test_a_latents_own_mask_is_the_samplers(family, model):
     assert torch.equal(*made)
 
 
+@families(lambda family: PICTURE in family.extra)
 def test_a_model_that_wants_a_picture_is_refused_without_one(family, model):
-    if PICTURE not in family.extra:
-        pytest.skip("of models that draw on from a picture")
     without = [[embedding, {}] for embedding, _ in family.conditioning()]
     with pytest.raises(ValueError, match="positive: this .* draws on from a picture .* holds none"):
         invert(model, without, family.clip(), sigmas_of(model, 2))
@@ -603,6 +683,7 @@ def test_a_model_that_wants_a_picture_is_refused_without_one(family, model):
         optimise(model, family.conditioning(), family.conditioning(), without, family.clip(), Distillation(), seed=0)
 
 
+@every_family
 def test_masks_follow_the_clip_or_the_latent(family, model):
     """Outside the mask the source stays, for a mask of the clip's frames as for one of the latent's."""
     trajectory = invert(model, family.conditioning(), 0.5 * family.clip(), sigmas_of(model, 2))
@@ -628,7 +709,7 @@ def test_masks_follow_the_clip_or_the_latent(family, model):
 
 
 @pytest.fixture
-def seen_clip(family, model, transformer):
+def seen_clip(family, model):
     """(frames of the clip, for each its frame of tokens, a trajectory of two steps)."""
     own = family_of(model)
     latents, together = family.shape[2], own.frame_rule[0]
@@ -646,6 +727,7 @@ def calls_at_the_start(trajectory):
     return calls
 
 
+@transformers
 def test_relevance_of_a_point_is_cross_frame_attention(family, model, seen_clip):
     """Against softmax written out per frame pair, in float64, in frames of the clip."""
     frames, of_tokens, trajectory = seen_clip
@@ -667,6 +749,7 @@ def test_relevance_of_a_point_is_cross_frame_attention(family, model, seen_clip)
     torch.testing.assert_close(found.double(), maps[of_tokens], rtol=1e-3, atol=1e-4)
 
 
+@transformers
 def test_attention_to_words_is_their_share_of_the_softmax(family, model, seen_clip):
     frames, of_tokens, trajectory = seen_clip
     count, height, width = family.grid
@@ -695,6 +778,7 @@ def test_attention_to_words_is_their_share_of_the_softmax(family, model, seen_cl
     torch.testing.assert_close(found.double().flatten(1), total[of_tokens], rtol=1e-3, atol=1e-4)
 
 
+@transformers
 def test_regions_of_a_transformers_attention_have_the_clips_frames(family, model, seen_clip):
     frames, of_tokens, trajectory = seen_clip
     masks = torch.stack(regions_from_attention(trajectory, 2, (16, 16), seed=0, instances=False, frames=frames))
@@ -703,6 +787,7 @@ def test_regions_of_a_transformers_attention_have_the_clips_frames(family, model
     assert all(torch.equal(masks[:, f], masks[:, f - 1]) for f in same) and same
 
 
+@transformers
 def test_a_clip_of_other_frames_is_refused(family, model, seen_clip):
     frames, _, trajectory = seen_clip
     with pytest.raises(
@@ -711,7 +796,7 @@ def test_a_clip_of_other_frames_is_refused(family, model, seen_clip):
         check_images(torch.zeros(frames + 1, 8, 8, 3), trajectory)
 
 
-@pytest.mark.parametrize("family", ["Wan", "CogVideoX 1.0", "UNet3D"], indirect=True, scope="module")
+@families_named("Wan", "CogVideoX 1.0", "UNet3D")
 def test_two_models_of_one_schedule_do_what_one_does(family):
     """Two loaded copies of one model, the second for the noisy half, as the experts of Wan 2.2: inversion and edit."""
     low, high = family.model(), family.model()
@@ -748,6 +833,12 @@ def test_two_models_of_one_schedule_do_what_one_does(family):
         save_trajectory(lower, "part")
 
 
+def long_clip(family):
+    """Seven latent frames."""
+    first, channels, *size = family.shape[0], family.shape[1], *family.shape[-2:]
+    return torch.randn(first, channels, 7, *size) if family.patched else torch.randn(7, channels, *size)
+
+
 def windowed_copy(model, family, **options):
     """A clone of a model that sees 4 frames at a time, the last of which begins the next window."""
     windowed = model.clone()
@@ -762,11 +853,10 @@ def windowed_copy(model, family, **options):
     return windowed
 
 
-@pytest.mark.parametrize("family", ["Wan", "Wan VACE", "CogVideoX 1.0", "UNet3D"], indirect=True, scope="module")
+@families_named("Wan", "Wan VACE", "CogVideoX 1.0", "UNet3D")
 def test_matching_in_windows_blends_what_each_window_says(family, model, monkeypatch):
     """Against edits of the windows' frames as clips of their own, weighted as the host weights predictions."""
-    dim, channels, size = (2 if family.patched else 0), family.shape[1], family.shape[-2:]
-    clip = torch.randn(1, channels, 7, *size) if family.patched else torch.randn(7, channels, *size)
+    dim, clip = (2 if family.patched else 0), long_clip(family)
     windowed = windowed_copy(model, family)
     with monkeypatch.context() as patch:  # an inversion in windows would see other clips
         trajectory = invert(model, family.conditioning(), 0.5 * clip, sigmas_of(model, 3))
@@ -800,52 +890,23 @@ def test_matching_in_windows_blends_what_each_window_says(family, model, monkeyp
     torch.testing.assert_close(found[0], torch.stack(losses).mean(), rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("balance", [None, {SPATIAL: 2.0, TEMPORAL: 0.5}], ids=["slopes", "pull"])
-@pytest.mark.parametrize("family", ["Wan", "Wan VACE", "CogVideoX 1.0", "UNet3D"], indirect=True, scope="module")
-def test_distillation_in_windows_blends_what_each_window_says(family, model, balance):
-    """Against the windows' frames as clips of their own; a whole step in windows runs too."""
-    dim, channels, size = (2 if family.patched else 0), family.shape[1], family.shape[-2:]
-    clip = torch.randn(1, channels, 7, *size) if family.patched else torch.randn(7, channels, *size)
-    settings = Distillation(steps=1, weights={SPATIAL: 1.0, TEMPORAL: 1.0}, blocks=key_blocks(model), cfg=3.0)
-
-    def looked(model, clip):
-        guider = support.guider_of(model, family.conditioning(1), family.conditioning(), 3.0)
-        prompts = {"positive": 1, "negative": 0, SOURCE_POSITIVE: 2}
-        guider.inner_set_conds({name: family.conditioning(seed) for name, seed in prompts.items()})
-
-        def at(guider, x, sigma, extra_args):
-            looks = distillation._Looks(settings, guider, extra_args["model_options"])
-            return looks(x, x.flip(-1), sigma, balance)
-
-        return support.at_one_sigma(guider, clip, at, sigma_at(model, MIDDLE))
-
-    windowed = windowed_copy(model, family)
-    found, total, counts = looked(windowed, clip), {}, torch.zeros(7)
-    shape = [-1 if i == dim else 1 for i in range(clip.ndim)]
-    parts = []
-    for frames in (torch.tensor([0, 1, 2, 3]), torch.tensor([3, 4, 5, 6])):
-        part = looked(model, clip.index_select(dim, frames))
-        counts[frames] += torch.tensor([1.0, 2.0, 2.0, 1.0])
-        for name, value in tensors_of(part).items():
-            seen = total.setdefault(name, torch.zeros_like(clip))
-            seen.index_add_(dim, frames, value * torch.tensor([1.0, 2.0, 2.0, 1.0]).view(shape))
-        parts.append(part)
-    assert set(tensors_of(found)) == set(total) and len(total) >= 3
-    for name, value in tensors_of(found).items():
-        torch.testing.assert_close(value, total[name] / counts.view(shape), rtol=1e-4, atol=1e-6)
-    for name in (SPATIAL, TEMPORAL):
-        assert found.losses[name] == pytest.approx(sum(part.losses[name] for part in parts) / 2, rel=1e-4)
-    prompts = [family.conditioning(seed) for seed in (2, 1, 0)]
-    assert not torch.equal(optimise(windowed, *prompts, clip, settings, seed=0)[0], clip)
+@pytest.mark.parametrize("balanced", [True, False], ids=["one gradient each", "one of their sum"])
+@families_named("Wan", "Wan VACE", "CogVideoX 1.0", "UNet3D")
+def test_distillation_in_windows_blends_what_each_window_says(family, model, balanced):
+    """Against predictions and gradients of the windows' frames as clips of their own."""
+    dim, clip = (2 if family.patched else 0), 0.5 * long_clip(family)
+    weights = {SPATIAL: 0.3, TEMPORAL: 0.1} if balanced else {SPATIAL: 300.0, TEMPORAL: 30.0}
+    settings = Distillation(steps=2, weights=weights, blocks=key_blocks(model), cfg=3.0, balanced=balanced)
+    over = plain_distillation.windows(dim, [0, 1, 2, 3], [3, 4, 5, 6])
+    expected = plain_distillation.optimised(model, *prompts_of(family), clip, settings, 0, over)
+    free = plain_distillation.optimised(model, *prompts_of(family), clip, replace(settings, weights={}), 0, over)
+    found, _ = optimise(windowed_copy(model, family), *prompts_of(family), clip, settings, seed=0)
+    pull = (expected - free).norm()
+    assert pull > 1e-3 * (expected - clip).norm() > 0
+    assert (found - expected).norm() <= 1e-3 * pull + 1e-6 * clip.norm()
 
 
-def tensors_of(look):
-    """Of a `core.distillation.Look`, by name."""
-    named = {"target": look.denoised, "source": look.denoised_source, "pull": look.pull, **look.slopes}
-    return {name: value for name, value in named.items() if value is not None}
-
-
-@pytest.mark.parametrize("family", ["Wan", "UNet3D"], indirect=True, scope="module")
+@families_named("Wan", "UNet3D")
 def test_windows_that_cannot_be_followed_are_refused(family, model):
     windowed = windowed_copy(model, family)
     clip, prompt = family.clip(), family.conditioning()
@@ -858,105 +919,98 @@ def test_windows_that_cannot_be_followed_are_refused(family, model):
         sampled(windowed, family, trajectory, [RelevanceMatching(str_score_of(trajectory), 0.01)])
 
 
-@pytest.mark.parametrize("anchored", [False, True])
-@pytest.mark.parametrize("family", ["Wan", "CogVideoX 1.0", "UNet3D"], indirect=True, scope="module")
-def test_masks_follow_the_frames_of_context_windows(family, model, anchored):
-    """The host's own windows: each call has the memberships of the frames that it sees, one before it included."""
-    frames, (height, width) = 7, family.grid[1:]
-    clip = torch.randn(
-        (frames, *family.shape[1:]) if not family.patched else (1, family.shape[1], frames, *family.shape[3:])
-    )
+def growing(family, frames=7):
+    """A layout of one region that grows from frame to frame."""
+    height, width = family.grid[1:]
     mask = torch.zeros(frames, 4 * height, 4 * width)
     for i in range(frames):
-        mask[i, :, : 2 * i] = 1  # grows from frame to frame
-    layout = replace(halves(family), regions=(Region("a", mask),), positions=((1,),))
-    windowed, seen = windowed_copy(model, family, causal_window_fix=anchored), []
-    modulation = RegionModulation(layout, end=1.0)
-
-    def listen(call):
-        window = call.options["context_window"]
-        anchor = getattr(window, "causal_anchor_index", None)
-        own = [*([] if anchor is None or anchor < 0 else [anchor]), *window.index_list]
-        if call.kind in ("spatial", "spacetime", "joint"):
-            whole = membership(partition(mask[None]), (frames, *call.grid[1:]))
-            assert call.grid[0] == len(own) and torch.equal(modulation._tokens(call), whole[own])
-            seen.append(tuple(own))
-        return modulation(call)
-
-    tap = AttentionTap(windowed, [listen])
-    out = predicted(windowed, family, negative=family.conditioning(1), options=tap.install, clip=clip)
-    assert out.isfinite().all() and len(set(seen)) == 2 and {f for own in seen for f in own} == set(range(frames))
-    assert any(len(own) == 5 for own in seen) == anchored
+        mask[i, :, : width // 2 * i] = 1
+    return replace(halves(family), regions=(Region("a", mask),), positions=((1,),))
 
 
-@pytest.mark.parametrize("family", ["Wan"], indirect=True, scope="module")
-def test_tokens_of_a_reference_are_found_and_left_alone(family, model):
-    """Wan puts a reference picture's tokens before the clip's: to STR they are keys of no frame, to regions nothing.
+def of_frames(layout, frames):
+    return replace(layout, regions=tuple(Region(r.phrase, r.mask[frames]) for r in layout.regions))
 
-    Regions act on the clip's tokens by the definition, dense and in float64; the reference's see as without regions.
-    """
-    calls, _ = calls_of(model, family, cfg=1.0)
-    call = next(c for c in calls if c.kind == "spacetime")
-    before = torch.randn(1, 1, 16, call.query.shape[3])
-    longer = [torch.cat([before, t], 2) for t in (call.query, call.key, call.value)]
-    with_reference = replace(call, **dict(zip(("query", "key", "value"), longer, strict=True)))
-    with_reference = replace(with_reference, run=replace(call.run, before=16))
-    assert torch.equal(with_reference.of_clip(longer[1]), call.of_clip(call.key))
-    assert torch.equal(with_reference.extra(longer[1]), before)
-    modulation = RegionModulation(halves(family), end=1.0)
-    found = modulation(with_reference).double()
-    arguments = modulation._of_self(call)
-    query, key, value = (t.double() for t in longer)
-    scores = query @ key.mT * call.scale
-    plain = scores.softmax(-1) @ value
-    own = scores[:, :, 16:, 16:]
-    low, high = own.amin(-1, keepdim=True), own.amax(-1, keepdim=True)
-    shared = (arguments.of_query @ arguments.of_key.mT).double()[:, None]
-    a = arguments.strength.double()[:, None, :, None]
-    scores[:, :, 16:, 16:] = own + a * shared * (high - own) - a * (1 - shared) * (own - low)
-    torch.testing.assert_close(found[:, :, :16], plain[:, :, :16], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(found[:, :, 16:], (scores.softmax(-1) @ value)[:, :, 16:], rtol=1e-5, atol=1e-5)
-    assert (found - plain)[:, :, 16:].abs().max() > 1e-3
+
+@pytest.mark.parametrize("anchored", [False, True])
+@families_named("Wan", "CogVideoX 1.0", "UNet3D")
+def test_masks_follow_the_frames_of_context_windows(family, model, anchored):
+    """The host's own windows: each is a clip of the frames that it sees, one before it included, with their masks."""
+    layout, clip, dim = growing(family), long_clip(family), 2 if family.patched else 0
+
+    def regional(model, layout, clip):
+        patched = patch_regions(model, RegionModulation(layout, end=1.0, self_strength=3.0, cross_strength=3.0))
+        return predicted(patched, family, negative=family.conditioning(1), clip=clip, percent=PERCENT)
+
+    found = regional(windowed_copy(model, family, causal_window_fix=anchored), layout, clip)
+    anchor = [2] if anchored else []  # the first window has no frame before it
+
+    def seen(part, frames, before=()):
+        shown = [*before, *frames]
+        out = regional(model, of_frames(layout, shown), part.index_select(dim, torch.tensor(shown)))
+        return out.narrow(dim, len(before), len(frames))
+
+    parts = {0: seen(clip, range(4)), 3: seen(clip, range(3, 7), anchor)}
+    over = plain_distillation.windows(dim, [0, 1, 2, 3], [3, 4, 5, 6])
+    starts = iter(parts)
+    expected = over(clip, lambda *_: {"": parts[next(starts)]})[""]
+    other = regional(windowed_copy(model, family, causal_window_fix=anchored), of_frames(layout, [0] * 7), clip)
+    assert support.relative(found, expected) <= 1e-3 * support.relative(other, expected) + 1e-7
 
 
 @pytest.mark.parametrize("reads", [True, False], ids=["a model that reads it", "a model that does not"])
-@pytest.mark.parametrize("family", ["Wan"], indirect=True, scope="module")
-def test_regions_on_a_model_with_a_reference_picture(family, reads):
-    """The host's own network, with and without the layer that makes tokens of the picture."""
+@families_named("Wan")
+def test_regions_leave_the_tokens_of_a_reference_picture_alone(family, reads):
+    """Wan puts them before the clip's; in a network with the layer that makes them and in one without.
+
+    To STR they are keys of no frame. Regions act on the clip's tokens by the definition, and the reference's see and
+    are seen as without regions.
+    """
     model = by_hand(KNOWN.WAN21_T2V, DITS["wan"] | ({"in_dim_ref_conv": 16} if reads else {}))(family.weights())
     picture = torch.randn(1, 16, 1, 8, 8, generator=torch.Generator().manual_seed(6))
     positive = [[embedding, {"reference_latents": [picture]}] for embedding, _ in family.conditioning()]
-    calls, plain = [], predicted(model, family, positive, cfg=1.0)
-    patched = patch_regions(model, RegionModulation(halves(family), end=1.0))
-    out = predicted(patched, family, positive, cfg=1.0, options=AttentionTap(patched, [calls.append]).install)
-    assert out.isfinite().all() and not torch.equal(out, plain)
+    modulation, calls = RegionModulation(halves(family), end=1.0, self_strength=3.0, cross_strength=3.0), []
+
+    def definition(call):
+        calls.append(call)
+        return by_definition(call, 1 - call.percent, *memberships(family), 3.0, False)[0].to(call.query)
+
+    given = dict(cfg=1.0, percent=PERCENT)
+    plain = predicted(model, family, positive, **given)
+    found = predicted(patch_regions(model, modulation), family, positive, **given)
+    expected = predicted(model, family, positive, options=AttentionTap(model, [definition]).install, **given)
+    assert support.relative(found, expected) <= 1e-3 * support.relative(plain, expected)
     assert len(calls) == 4 and all(call.parts(call.query) == (16 * reads, 48, 0) for call in calls)
-    without = predicted(model, family, family.conditioning(), cfg=1.0)
+    for call in calls:
+        if call.kind == "spacetime":
+            frames = call.of_clip(call.key).transpose(0, 1).flatten(1, 2)[None]
+            assert torch.equal(frames, call.key[:, :, 16 * reads :])
+            assert torch.equal(call.extra(call.key), call.key[:, :, : 16 * reads])
+    without = predicted(model, family, family.conditioning(), **given)
     assert torch.equal(without, plain) is not reads
 
 
-@pytest.mark.parametrize("family", ["AnimateDiff"], indirect=True, scope="module")
+@families_named("AnimateDiff")
 def test_masks_follow_animatediffs_own_windows(family, model):
-    """That pack says in the options of a run which frames of the clip it sees."""
-    mask = torch.zeros(7, 32, 32)
-    for i in range(7):
-        mask[i, :, : 4 * i] = 1
-    layout = replace(halves(family), regions=(Region("a", mask),), positions=((1,),))
-    windowed, modulation, seen = model.clone(), RegionModulation(layout, end=1.0), []
-    windowed.model_options["transformer_options"]["ad_params"] = {"sub_idxs": [1, 4, 5], "full_length": 7}
-
-    def listen(call):
-        if call.kind == "spatial":
-            whole = membership(partition(mask[None]), (7, *call.grid[1:]))
-            seen.append(torch.equal(modulation._tokens(call), whole[[1, 4, 5]]))
-
-    predicted(windowed, family, options=AttentionTap(windowed, [listen]).install)
-    assert seen and all(seen)
+    """That pack says in the options of a run which frames it sees: it is the same with the masks of these alone."""
+    layout, frames = growing(family), [1, 4, 5]
+    windowed = model.clone()
+    windowed.model_options["transformer_options"]["ad_params"] = {"sub_idxs": frames, "full_length": 7}
+    found, alone, other = (
+        predicted(patch_regions(model, RegionModulation(layout, end=1.0)), family, percent=PERCENT)
+        for model, layout in (
+            (windowed, layout),
+            (model, of_frames(layout, frames)),
+            (model, of_frames(layout, [0, 1, 2])),
+        )
+    )
+    assert support.relative(found, alone) <= 1e-3 * support.relative(other, alone)
 
 
 # --- LoRA ---------------------------------------------------------------
 
 
+@every_family
 def test_a_lora_before_or_after_the_patch_is_the_same(family, model):
     matrices = (n for n, w in model.model.diffusion_model.named_parameters() if w.ndim == 2 and n.endswith("weight"))
     weight_name = [name for name in matrices if "blocks" in name and not name.startswith("motion")][-1]

@@ -13,6 +13,7 @@ import comfy.model_patcher
 import comfy.ops
 import comfy.sd
 import comfy.supported_models
+import pytest
 import torch
 from comfy.ldm.cogvideo.model import CogVideoXTransformer3DModel
 from comfy.ldm.wan.model import WanModel
@@ -40,7 +41,7 @@ class TinyFamily:
 
     shape: of a latent; grid: of a transformer's tokens, of a U-Net's finest level; context: width of prompts; extra:
     what else a conditioning holds. calls: attention calls of one pass that are ours, hidden: how many of them the
-    host's slot for attention does not see; others: that are not ours, and why.
+    host's slot for attention does not see; others: that are not ours, and why. matched: whether it has an STR score.
     """
 
     name: str
@@ -56,11 +57,17 @@ class TinyFamily:
     words: int = WORDS
     step: float = 0.002
     fp8: float = 0.9
+    matched: bool = True
 
     @property
     def patched(self) -> bool:
         """Whether it is a transformer over space and time."""
         return len(self.shape) == 5
+
+    @property
+    def of_host(self) -> bool:
+        """Whether it is a U-Net of the host's own blocks."""
+        return not self.patched and self.load not in (unet3d_folder, lavie)
 
     def model(self, **options):
         return self.load(self.weights(), **options)
@@ -187,7 +194,16 @@ FAMILIES = (
         load=lavie,
         step=3e-7,
     ),
-    TinyFamily("SD 1.5", dict, (3, 4, 8, 8), (3, 8, 8), 16, 14, by_hand(comfy.supported_models.SD15, support.SD15)),
+    TinyFamily(
+        name="SD 1.5",
+        weights=dict,
+        shape=(3, 4, 8, 8),
+        grid=(3, 8, 8),
+        context=16,
+        calls=14,
+        load=by_hand(comfy.supported_models.SD15, support.SD15),
+        matched=False,
+    ),
     TinyFamily("SD 1.5, inflated", dict, (3, 4, 8, 8), (3, 8, 8), 16, 14, inflated, step=3e-5, fp8=0.85),
     TinyFamily("AnimateDiff", dict, (3, 4, 8, 8), (3, 8, 8), 16, 28, animatediff, hidden=14, step=3e-5),
     TinyFamily(
@@ -359,3 +375,21 @@ if animatediff_real.PATH:
         ),
     )
 BY_NAME = {family.name: family for family in FAMILIES}
+FAST = ("UNet3D", "Wan", "CogVideoX 1.0")
+"""One U-Net, one transformer with cross-attention, one with joint attention: those that `dev.py test` runs."""
+
+
+def families(applies: Callable[[TinyFamily], bool] = lambda family: True):
+    """Parametrises a test with the families that it applies to; of those beside FAST it runs with --every-family."""
+    marked = [
+        pytest.param(name, marks=() if name in FAST else pytest.mark.every_family)
+        for name, family in BY_NAME.items()
+        if applies(family)
+    ]
+    return pytest.mark.parametrize("family", marked, indirect=True, scope="module")
+
+
+def families_named(*names: str):
+    """The same, of some by name."""
+    assert set(names) <= set(BY_NAME)
+    return families(lambda family: family.name in names)
