@@ -124,6 +124,7 @@ def test_strength_zero_changes_no_bit(sd15, net):
 def test_a_gradient_goes_through_the_net_and_keeps_none_of_its_weights(sd15, net, monkeypatch):
     """Against finite differences; it is the same where the host streams weights, through buffers that it reuses."""
     pair = conditioned(net, hints())
+
     def at(guider, x, sigma, extra_args):
         options = {"model_options": extra_args["model_options"], "mutates": True}
 

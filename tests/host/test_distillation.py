@@ -1,5 +1,7 @@
 """Video DDS inside the host: gradients against finite differences, what the mask keeps, what a run leaves alone."""
 
+from dataclasses import replace
+
 import comfy.model_management as management
 import pytest
 import torch
@@ -7,16 +9,18 @@ from spacetime_edit.host import distillation
 from spacetime_edit.host.distillation import (
     MOTION,
     RELEVANCE,
-    SOURCE_POSITIVE,
     SPATIAL,
     TEMPORAL,
     Distillation,
     key_blocks,
     optimise,
 )
-from spacetime_edit.tests.host import support
+from spacetime_edit.host.families import noise_space
+from spacetime_edit.tests.host import plain_distillation, support
 
 FRAMES, SIDE = 3, 8
+LARGE = {SPATIAL: 3e3, TEMPORAL: 3e3, RELEVANCE: 1e3, MOTION: 1e5}
+"""Weights by which gradients that are not balanced stand out from the rounding of the latent."""
 EVERY = {SPATIAL: 0.3, TEMPORAL: 0.1, RELEVANCE: 0.2, MOTION: 0.1}
 
 
@@ -38,70 +42,77 @@ def run(tiny, latent=None, target=support.EDIT_PROMPT, seed=0, mask=None, model=
     return optimise(model, *prompts(tiny, target), clip() if latent is None else latent, settings, seed=seed, mask=mask)
 
 
-def looked(tiny, function, **options):
-    """function(looks, target_t, source_t, sigma) inside a real run of the host, in the precision of its model."""
-    source, target, negative = prompts(tiny)
-    guider = support.guider_of(tiny.model, target, negative, 3.0)
-    guider.inner_set_conds({"positive": target, "negative": negative, SOURCE_POSITIVE: source})
-    settings = settings_of(tiny.model, **options)
-
-    def at(guider, x, sigma, extra_args):
-        looks = distillation._Looks(settings, guider, extra_args["model_options"])
-        x = x.to(tiny.model.model.get_dtype_inference())
-        return function(looks, x, x + 0.5 * clip(1), sigma)
-
-    return support.at_one_sigma(guider, 2 * clip(), at)
+def pulled(tiny, weights, steps=2, **options):
+    """The latent, as the model sees it, after steps of the score and these regularisers, and the curve."""
+    if steps == 0:
+        return tiny.model.model.process_latent_in(clip()), []
+    moved, curve = run(tiny, weights=weights, steps=steps, **options)
+    return tiny.model.model.process_latent_in(moved), curve
 
 
 @pytest.mark.parametrize("branch", ["text", "negative"])
 @pytest.mark.parametrize("name", EVERY)
 def test_each_regularisers_gradient_is_that_of_finite_differences(tiny, tiny64, name, branch):
-    """Along itself, by central differences in float64: the losses bend so much that float32 has no step for them.
+    """What it adds to a step of the score: the first, or, where source and target are alike in that, the second.
 
-    Also its checkpointed form.
+    Along itself, by central differences in float64: the losses bend so much that float32 has no step for them. Also its
+    checkpointed form, and the loss that is told.
     """
-    of_name = {"branch": branch, "weights": {name: 1.0}}
-    gradient, lean = (
-        looked(tiny, lambda looks, *a: looks(*a, None).slopes[name], low_memory=low_memory, **of_name)
-        for low_memory in (False, True)
-    )
-
-    def slope(looks, target, source, sigma):
-        step = 1e-3 * gradient.double() / gradient.double().norm()
-        ahead, behind = (looks(target + h * step, source, sigma, None).losses[name] for h in (1, -1))
-        return (ahead - behind) / 2e-3
-
-    assert abs(looked(tiny64, slope, **of_name) / float(gradient.norm()) - 1) < 1e-3
-    assert support.relative(lean, gradient) < 1e-4
-
-
-def test_several_regularisers_have_the_gradients_that_each_has_alone(tiny):
-    at = lambda looks, *arguments: looks(*arguments, None).slopes  # noqa: E731
-    together = looked(tiny, at)
-    lean = looked(tiny, at, low_memory=True)
-    assert set(together) == set(EVERY)
-    for name in EVERY:
-        alone = looked(tiny, at, weights={name: 1.0})
-        assert support.relative(together[name], alone[name]) < 1e-5
-        assert support.relative(lean[name], together[name]) < 1e-4
+    steps = 2 if branch == "negative" or name == MOTION else 1
+    settings = settings_of(tiny.model, branch=branch, steps=steps)
+    (start, _), (free, _) = (pulled(tiny, {}, n, branch=branch) for n in (steps - 1, steps))
+    *_, (sigma, noise) = plain_distillation.drawn(tiny.model, settings, free.shape, 0)
+    a, s = noise_space(tiny.model).signal_and_noise(sigma)
+    source, target = (a * x + s * noise for x in (tiny.model.model.process_latent_in(clip()), start))
+    positive, edit, negative = prompts(tiny)
+    pair = (positive, edit) if branch == "text" else (negative, negative)
+    exact = plain_distillation.Regularisers(tiny64.model, pair, source.double(), sigma, [name], settings.blocks)
+    weight = LARGE[name]
+    for low_memory in (False, True):
+        moved, curve = pulled(tiny, {name: weight}, steps, branch=branch, balanced=False, low_memory=low_memory)
+        gradient = (free - moved).double() / (settings.step_size * plain_distillation.UNIT * float(a) * weight)
+        step = 1e-3 * gradient / gradient.norm()
+        ahead, behind = (exact.losses(target.double() + h * step)[name] for h in (1, -1))
+        assert (ahead - behind) / 2e-3 == pytest.approx(float(gradient.norm()), rel=2e-3)
+        assert curve[-1][1][name] == pytest.approx(exact.losses(target.double())[name], rel=1e-3)
 
 
 @pytest.mark.parametrize("low_memory", [False, True])
-def test_their_sum_has_the_sum_of_their_gradients(tiny, low_memory):
-    scales = {SPATIAL: 300.0, TEMPORAL: 20.0, RELEVANCE: 5.0, MOTION: 0.5}
-    apart = looked(tiny, lambda looks, *a: looks(*a, None))
-    found = looked(tiny, lambda looks, *a: looks(*a, scales), low_memory=low_memory)
-    wanted = sum(scale * apart.slopes[name] for name, scale in scales.items())
-    assert support.relative(found.pull, wanted) < 1e-4
-    assert found.losses == pytest.approx(apart.losses, rel=1e-4) and not found.slopes
+@pytest.mark.parametrize("balanced", [False, True], ids=["one gradient of their sum", "one gradient each"])
+def test_several_regularisers_pull_as_each_does_alone(tiny, balanced, low_memory):
+    # of one prompt the first step is the score's alone; of two it holds all but the motion's
+    options = dict(balanced=balanced, low_memory=low_memory)
+    options |= dict(steps=1, branch="text") if balanced else dict(steps=2, branch="negative")
+    weights = EVERY if balanced else LARGE
+    free = pulled(tiny, {}, **options)[0]
+    alone = {name: pulled(tiny, {name: weight}, **options) for name, weight in weights.items()}
+    together, curve = pulled(tiny, weights, **options)
+    assert {name for name, (moved, _) in alone.items() if not torch.equal(moved, free)} >= set(EVERY) - {MOTION}
+    wanted = sum(moved - free for moved, _ in alone.values())
+    assert support.relative(together - free, wanted) < 1e-3
+    for name, (_, own) in alone.items():
+        assert curve[-1][1][name] == pytest.approx(own[-1][1][name], rel=1e-2)
 
 
-def test_predictions_are_the_guiders_own(tiny):
-    denoised, other = looked(tiny, lambda looks, *a: (looks(*a, {}).denoised, looks(*a, {}).denoised_source))
-    source, target, negative = prompts(tiny)
-    for prompt, x, seen in ((target, 2 * clip(), denoised), (source, 2 * clip() + 0.5 * clip(1), other)):
-        wanted = support.prediction(tiny.model, prompt, x, negative, 3.0)
-        assert support.relative(seen, wanted) < 1e-4
+@pytest.mark.parametrize("delta", [True, False])
+def test_a_step_of_the_score_is_that_of_the_guiders_own_predictions(tiny, delta):
+    """(a / s) times what the prediction of the target misses, less, of delta, what that of the source does."""
+    settings = settings_of(tiny.model)
+    ((sigma, noise),) = plain_distillation.drawn(tiny.model, replace(settings, steps=1), clip().shape, 0)
+    a, s = noise_space(tiny.model).signal_and_noise(sigma)
+    source, edit, negative = prompts(tiny)
+    latent = tiny.model.model.process_latent_in(clip())
+    missed = [
+        latent - support.prediction(tiny.model, prompt, a * latent + s * noise, negative, 3.0, sigma)
+        for prompt in (edit, source)
+    ]
+    gradient = (a / s) * (missed[0] - missed[1] if delta else missed[0])
+    counter = support.CallCounter(tiny.model)
+    moved, ((_, losses),) = run(tiny, model=counter.model, weights={}, steps=1, delta=delta)
+    step = latent - tiny.model.model.process_latent_in(moved)
+    assert support.relative(step, settings.step_size * plain_distillation.UNIT * gradient) < 1e-3
+    assert losses["score"] == pytest.approx(float(gradient.square().mean()), rel=1e-3)
+    assert counter.calls <= 4 if delta else counter.calls == 2  # plain score distillation needs no source
 
 
 def test_equal_prompts_change_nothing(tiny):
@@ -162,21 +173,6 @@ def test_out_of_memory_for_good_names_what_to_lower(tiny, monkeypatch, low_memor
     with pytest.raises(RuntimeError, match="Video DDS: out of memory, also without kept.*frames.*size.*layers.*vram"):
         run(tiny, low_memory=low_memory)
     assert before.changed() == []
-
-
-def test_plain_score_distillation_needs_no_source(tiny):
-    counter = support.CallCounter(tiny.model)
-    plain, _ = run(tiny, model=counter.model, weights={}, delta=False)
-    assert counter.calls == 2 * 2  # two prompts, two steps
-    assert support.relative(plain, run(tiny, weights={})[0]) > 1e-3
-
-
-@pytest.mark.parametrize("weights", [{}, {SPATIAL: 0.3, TEMPORAL: 0.1}], ids=["score", "held by keys"])
-def test_sd15_takes_frames_as_a_batch(weights):
-    model = support.sd15_model()
-    conds = [support.sd15_conditioning(seed) for seed in range(3)]
-    edited, _ = optimise(model, *conds, clip(), settings_of(model, weights=weights), seed=0)
-    assert edited.isfinite().all() and support.relative(edited, clip()) > 1e-4
 
 
 def test_a_run_leaves_everything_as_it_was(tiny):
