@@ -288,11 +288,21 @@ def test_lambda_is_given_for_50_steps(trajectory, edit):
 
 
 @pytest.mark.parametrize("rule", ["normalised", "adam", "plain"])
-def test_step_rules_and_iterations_run(trajectory, edit, rule):
+def test_step_rules_and_iterations_are_those_of_the_descent(trajectory, edit, rule, monkeypatch):
+    """`core.guidance.descend` gets them, a step for 50 steps, and the scale of the noise."""
+    seen, descend = [], relevance_matching.descend
+
+    def watched(x, gradient, **options):
+        seen.append(options)
+        return descend(x, gradient, **options)
+
+    monkeypatch.setattr(relevance_matching, "descend", watched)
     sigmas = trajectory.sigmas[-3:]
-    plain, _ = run(trajectory, edit, sigmas=sigmas)
-    moved, _ = str_edit(trajectory, edit, sigmas=sigmas, matching_options=dict(rule=rule, iterations=2))
-    assert torch.isfinite(moved).all() and not torch.equal(moved, plain)
+    str_edit(trajectory, edit, sigmas=sigmas, matching_options=dict(rule=rule, iterations=2))
+    for options, sigma in zip(seen, sigmas[:-1], strict=True):
+        scale = float(options.pop("scale"))
+        assert scale == pytest.approx(float(1 + sigma**2) ** 0.5)
+        assert options == dict(rule=rule, iterations=2, strength=pytest.approx(LAMBDA * 50 / STEPS))
 
 
 @pytest.mark.parametrize(
@@ -569,12 +579,25 @@ def test_the_weights_of_the_guider_are_in_force(tiny, trajectory, edit):
 
 
 def test_two_combined_prompts(tiny, trajectory, source, edit):
-    """Conditioning (Combine): the prediction uses both, the matching the first."""
-    both = nodes.ConditioningCombine().combine(edit, support.encode(tiny, "a green triangle"))[0]
-    plain, _ = run(trajectory, both, cfg=3.0, negative=source)
-    matched, _ = str_edit(trajectory, both, cfg=3.0, negative=source)
-    assert torch.isfinite(matched).all() and not torch.equal(matched, plain)
-    assert not torch.equal(plain, run(trajectory, edit, cfg=3.0, negative=source)[0])
+    """Conditioning (Combine): the prediction is the mean of both, the matching looks at the first."""
+    other = support.encode(tiny, "a green triangle")
+    both = nodes.ConditioningCombine().combine(edit, other)[0]
+
+    def first(prompt):
+        """Of the first step: where matching moves the latent, and without it the prediction."""
+        moves, act = [], matching(trajectory)
+
+        def watched(x, step):
+            moves.append(act(x, step))
+            return moves[-1]
+
+        run(trajectory, prompt, cfg=3.0, negative=source, before_step=[watched], sigmas=trajectory.sigmas[:2])
+        _, calls = run(trajectory, prompt, cfg=3.0, negative=source, sigmas=trajectory.sigmas[:2])
+        return moves[0], calls[0][1]
+
+    (moved, predicted), (of_first, one), (of_second, two) = map(first, (both, edit, other))
+    assert torch.equal(moved, of_first) and not torch.equal(moved, of_second)
+    assert support.relative(predicted, (one + two) / 2) < 1e-4 < support.relative(predicted, one)
 
 
 def between(conditioning, start, end):
