@@ -18,7 +18,7 @@ from ..core.parametrization import add_noise
 from ..core.regions import Region
 from ..core.trajectory import Trajectory
 from ..host.families import noise_space
-from ..host.region_prompt import Layout
+from ..host.region_prompt import Layout, with_layout
 from ..host.relevance_matching import MatchedStep, RelevanceMatching
 from ..host.sampling import Step, TrajectorySampler
 from ._device import on_card, seconds_of, wait
@@ -82,9 +82,10 @@ class WanClip:
         )
 
     def step_seconds(self, model=None, before: list | None = None, cfg: float = 5.0) -> float:
-        """Of a step after the first."""
+        """Of a step after the first; model: a patched one, which gets a regional prompt."""
         guider = comfy.samplers.CFGGuider(model or self.model)
-        guider.inner_set_conds({"positive": self.prompt(1), "negative": self.prompt(2)})
+        positive = self.prompt(1) if model is None else with_layout(self.prompt(1), self.layout())
+        guider.inner_set_conds({"positive": positive, "negative": self.prompt(2)})
         guider.set_cfg(cfg)
         ends: list[float] = []
 

@@ -32,7 +32,7 @@ from spacetime_edit.benchmarks._editing import Editor, Settings
 from spacetime_edit.benchmarks._figures import verdict
 from spacetime_edit.benchmarks._timing import RUNS, interleaved, medians, peak_bytes
 from spacetime_edit.host.distillation import SPATIAL, TEMPORAL, Distillation, key_blocks, optimise
-from spacetime_edit.host.gradients import predict
+from spacetime_edit.host.model_pass import call_model
 
 FORWARD, SCORE, SPATIAL_ONLY, FULL, LEAN = "forward", "DDS", "DDS + S-SSM", "DreamMotion", "DreamMotion, memory low"
 FORMS: dict[str, dict] = {
@@ -55,7 +55,7 @@ class _Forward(comfy.samplers.Sampler):
     def sample(self, model_wrap, sigmas, extra_args, callback, noise, *args, **kwargs):
         cond = model_wrap.conds["positive"][0]
         for _ in range(self.times):
-            predict(model_wrap.inner_model, noise, sigmas[0].expand(len(noise)), cond, extra_args["model_options"])
+            call_model(model_wrap.inner_model, [cond], noise, sigmas[0], extra_args["model_options"])
         return noise
 
 

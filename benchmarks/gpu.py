@@ -456,7 +456,7 @@ def wan(tiny: Tiny) -> Rows:
         if on_card():
             yield at_most(f"{what}: its peak", peak, "GiB", MAX_GIB)
         yield from matched_rows(clip, what, "auto")
-        regional = patch_regions(model, RegionModulation(clip.layout(), end=1.0))
+        regional = patch_regions(model, RegionModulation(end=1.0))
         time, peak = peak_of(lambda clip=clip, regional=regional: clip.step_seconds(regional))
         yield Row(f"{what}, {LAYOUT}: step", time / plain, "x the plain one")
         if on_card():

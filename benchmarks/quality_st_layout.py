@@ -202,8 +202,8 @@ def sample(
     **settings,
 ) -> Tensor:
     """The latent of an edit of the trajectory's clip, on the trajectory's model; what lies outside `mask` is kept."""
-    positive, layout = encode_regional_prompt(editor.clip, prompt, regions, mode, mode == "released")
-    model = patch_regions(trajectory.model, RegionModulation(layout, **settings))
+    positive = encode_regional_prompt(editor.clip, prompt, regions, mode, mode == "released")
+    model = patch_regions(trajectory.model, RegionModulation(**settings))
     guider = comfy.samplers.CFGGuider(model)
     guider.set_conds(positive, editor.prompt(""))
     guider.set_cfg(editor.settings.cfg)

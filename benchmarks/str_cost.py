@@ -49,11 +49,12 @@ from spacetime_edit.host.attention_tap import AttentionTap
 from spacetime_edit.host.checkpointing import checkpointed
 from spacetime_edit.host.families import attention_layers, family_of
 from spacetime_edit.host.features import FeatureRecorder
-from spacetime_edit.host.gradients import latent_gradient, normal_tensor, predict
+from spacetime_edit.host.gradients import latent_gradient, normal_tensor
 from spacetime_edit.host.loaders import unet3d
 from spacetime_edit.host.loaders.diffusers_folder import EMBEDDED_PATH, ModelFolder
 from spacetime_edit.host.loaders.unet3d_model import build
 from spacetime_edit.host.memory import small_tile
+from spacetime_edit.host.model_pass import call_model
 from spacetime_edit.host.relevance_matching import RelevanceMatching, str_score_of
 from spacetime_edit.host.sampling import Step, TrajectorySampler
 from spacetime_edit.tools.shape_world import world
@@ -179,7 +180,7 @@ class GradientPeak:
         model, base, options = step.run.guider.model_patcher, step.run.base_model, step.run.model_options
         given = FeatureRecorder(None)
         tap = AttentionTap(model, [given], differentiable=True)
-        predict(base, step.source, step.sigma * x.new_ones(len(x)), step.run.source_conds[0], tap.install(options))
+        call_model(base, step.run.source_conds[:1], step.source, step.sigma, options, tap=tap, source=True)
         source = {path: f.map(normal_tensor) for path, f in given.features.items()}
         recorder = FeatureRecorder(None, last=list(source)[-1])
         tap = AttentionTap(model, [recorder], differentiable=True)
@@ -190,11 +191,9 @@ class GradientPeak:
 
         family = family_of(model)
         blocks = checkpointed(base.diffusion_model, family, tap, recorder) if self.checkpoint else nullcontext()
-        cond, options = step.run.guider.conds["positive"][0], tap.install(options)
+        cond, given = step.run.guider.conds["positive"][0], {"model_options": options, "mutates": family.mutates}
         with blocks:
-            self.peak = peak_bytes(
-                lambda: latent_gradient(base, x, step.sigma, cond, loss, model_options=options, mutates=family.mutates)
-            )
+            self.peak = peak_bytes(lambda: latent_gradient(base, x, step.sigma, cond, loss, tap=tap, **given))
         return x
 
 

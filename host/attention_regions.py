@@ -10,10 +10,11 @@ from torch.nn.functional import interpolate
 
 from ..core.clustering import MAX_TOKENS, attention_profiles, cluster_layout, on_grid
 from ..core.trajectory import Trajectory
-from .attention_tap import AttentionCall
+from .attention_call import AttentionCall
 from .families import Kind, family_of, patch_size, space_kinds
 from .latents import frame_count, token_frames
-from .relevance_preview import chosen_blocks, nearest_step, show_to
+from .model_pass import nearest_step, show_to
+from .relevance_preview import chosen_blocks
 
 PERCENTS = (0.1, 0.3, 0.5, 0.7, 0.9)
 """Where in the denoising the source is looked at: not at its ends, where there is nothing yet to see, or left to do."""
@@ -45,7 +46,7 @@ def regions_from_attention(
     steps = {nearest_step(trajectory, percent): percent for percent in PERCENTS}
     for done, percent in enumerate(steps.values()):
         comfy.model_management.throw_exception_if_processing_interrupted()
-        show_to(recorder, trajectory, percent)
+        show_to(recorder, trajectory, percent, frozenset(recorder.kinds))
         progress(done + 1, len(steps))
     generator = torch.Generator().manual_seed(seed)
     masks = cluster_layout(recorder.profiles, recorder.grid, clusters, generator, instances=instances)
@@ -90,6 +91,7 @@ class ProfileRecorder:
         found = own == self.grid or call.run.patch is not None
         wanted = found if self.blocks is None else call.layer.block in self.blocks
         if call.kind in self.kinds and wanted:
-            query, key = (on_grid(call.of_clip(t), own, self.grid) for t in (call.query, call.key))
+            per_frame = call.per_frame
+            query, key = (on_grid(per_frame.of_clip(t), own, self.grid) for t in (per_frame.query, per_frame.key))
             self.total = self.total + attention_profiles(query, key, self.grid, call.scale).cpu()
             self.layers += 1

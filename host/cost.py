@@ -14,6 +14,7 @@ from .families import family_of, noise_space
 from .inversion import InversionSampler
 from .latents import check_clip_latent
 from .memory import GradientMemory
+from .model_pass import as_source, without_caches
 from .relevance_matching import MatchedStep, RelevanceMatching, check_window, str_score_of
 from .sampling import TrajectorySampler
 
@@ -132,7 +133,8 @@ def _matching_step(probe: Trajectory, latent: Tensor, plan: Plan) -> tuple[float
 
 def _seconds_a_step(probe: Trajectory, sampler, sigmas: Tensor, latent: Tensor, prompts: int = 1) -> float:
     """Seconds of one step of `sampler` after its first, in a real run of the host."""
-    guider = comfy.samplers.CFGGuider(probe.model)
+    of_source = isinstance(sampler, InversionSampler)
+    guider = comfy.samplers.CFGGuider(as_source(without_caches(probe.model)[0]) if of_source else probe.model)
     guider.inner_set_conds({"positive": probe.conditioning, "negative": probe.conditioning})
     guider.set_cfg(1.0 if prompts == 1 else 2.0)
     ends = []

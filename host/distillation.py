@@ -1,7 +1,7 @@
-"""Video delta denoising score inside the host (DreamMotion, arXiv 2403.12002): the loop as a Sampler (decision D10).
+"""Video delta denoising score inside the host (DreamMotion, arXiv 2403.12002): the loop as a Sampler.
 
-Each step takes three calls of the model: the source with both its prompts; the target with the negative prompt, without
-gradient; the target with its own prompt, with a gradient from the attention keys.
+Each step takes four passes: the source and the target, each with its own prompt and with the negative one. One of the
+target's has a gradient, from the attention keys.
 """
 
 import contextlib
@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Literal
 
 import comfy.model_management
@@ -19,16 +20,21 @@ from torch import Tensor
 from ..core.distillation import Look, Progress, distill
 from ..core.relevance import matching_loss
 from ..core.self_similarity import spatial_self_similarity_loss, temporal_self_similarity_loss
-from .attention_tap import ONE_GPU, AttentionCall, AttentionTap, Listener
+from .attention_call import AttentionCall, ModelRun
+from .attention_tap import ONE_GPU, AttentionTap, Listener
 from .checkpointing import checkpointed
 from .conditioning import check_picture
-from .families import IN_SPACE, attention_layers, family_of, noise_space, select_blocks
+from .families import IN_SPACE, Layer, attention_layers, family_of, noise_space, select_blocks
 from .features import FeatureRecorder
-from .gradients import latent_gradients, normal_tensor, predict
+from .gradients import latent_gradients, normal_tensor
 from .latents import check_clip_latent, grid_mask_of, mask_like
 from .memory import ActivationMeter, small_tile, with_less_memory
-from .relevance_matching import HALF_PRECISION_SCALE, lacks_for_relevance, leading_cond
-from .windows import View, blended, check_handler, views_of
+from .model_pass import Window, at_step, by_window, call_model, check_handler, for_pass, leading_cond, without_caches
+from .node_text import LOG, NodeText
+from .region_patch import tell_layouts_without_patch
+from .regional_prompts import SOURCE_POSITIVE
+from .relevance_matching import HALF_PRECISION_SCALE, lacks_for_relevance
+from .sampling import share_of
 
 log = logging.getLogger("spacetime_edit")
 
@@ -36,7 +42,6 @@ SPATIAL, TEMPORAL, RELEVANCE, MOTION = "S-SSM", "T-SSM", "STR", "frame differenc
 """Regularisers by name."""
 
 Branch = Literal["text", "negative"]
-SOURCE_POSITIVE = "source_positive"
 TOGETHER = "all regularisers"
 PREVIEW_SECONDS = 1.0
 
@@ -66,24 +71,6 @@ class Distillation:
         check_times(self.t_range)
         if not self.cfg >= 0:
             raise ValueError(f"cfg: it is {self.cfg}; expected a number of at least 0")
-
-
-def check_whole(cond: list, name: str) -> None:
-    """ValueError for CONDITIONING that is not one prompt for the whole frame at every noise level: of others a step
-    would see a part."""
-    if len(cond) > 1:
-        raise ValueError(
-            f"{name}: it holds {len(cond)} prompts, and Video DDS takes one; remove Conditioning (Combine) or hooks of "
-            f"the text encoder with a schedule, and for several regions use ST-Layout Attention Patch"
-        )
-    everywhere = {"mask": None, "area": None, "start_percent": 0.0, "end_percent": 1.0}
-    limits = [key for key, whole in everywhere.items() if cond[0][1].get(key, whole) not in (None, whole)]
-    if limits:
-        raise ValueError(
-            f"{name}: it holds for a part only ({', '.join(limits)}), and Video DDS takes a prompt for the whole frame "
-            f"and all noise levels; remove Conditioning (Set Mask), (Set Area) or ConditioningSetTimestepRange, and "
-            f"connect a mask to this node instead"
-        )
 
 
 def check_times(t_range: tuple[float, float]) -> None:
@@ -137,7 +124,7 @@ class KeyRecorder:
     def _taken(self, call: AttentionCall) -> dict[str, Tensor]:
         if call.kind not in IN_SPACE or call.layer.block not in self._blocks:
             return {}
-        return {f"{call.layer.path} keys": call.of_clip(call.key)}
+        return {f"{call.layer.path} keys": call.per_frame.of_clip(call.per_frame.key)}
 
 
 class Recorders:
@@ -177,8 +164,8 @@ class DistillationSampler(comfy.samplers.Sampler):
     mask: (F, h, w) on the latent grid, 1 = edit. curve: after a run, (t, losses by name) of each step.
     """
 
-    def __init__(self, settings: Distillation, seed: int, mask: Tensor | None = None):
-        self.settings, self.seed, self.mask = settings, seed, mask
+    def __init__(self, settings: Distillation, seed: int, mask: Tensor | None = None, say: NodeText = LOG):
+        self.settings, self.seed, self.mask, self.say = settings, seed, mask, say
         self.curve: list[tuple[float, dict[str, float]]] = []
 
     def sample(
@@ -193,7 +180,9 @@ class DistillationSampler(comfy.samplers.Sampler):
         disable_pbar=False,
     ):
         sampling, settings = model_wrap.inner_model.model_sampling, self.settings
-        looks = _Looks(settings, model_wrap, extra_args["model_options"])
+        check_prompts(model_wrap, settings)
+        tell_layouts_without_patch(model_wrap.model_patcher, model_wrap.conds)
+        looks = _Passes(settings, model_wrap, extra_args["model_options"], self.say)
         self.curve, shown = [], time.monotonic()
 
         def tell(progress: Progress) -> None:
@@ -238,28 +227,42 @@ class _Found:
             self.pull = scales[name] * slope + (0 if self.pull is None else self.pull)
 
 
-TARGET, SOURCE, LOSS, SLOPE, PULL = "target ", "source ", "loss ", "slope ", "pull"
-"""What one window says, by the beginning of its name."""
+TARGET, SOURCE, SLOPE, PULL = "target ", "source ", "slope ", "pull"
+"""What one window gives, by the beginning of its name."""
+PROMPTS_TESTED = 33
+"""Noise levels at which the prompts of a run are tried before its first step."""
 
 
-class _Looks:
+class _Passes:
     """What the model says of the noised latents of a step; of long clips in context windows, window by window."""
 
-    def __init__(self, settings: Distillation, guider, model_options: dict):
-        self._settings, self._guider, self._options = settings, guider, model_options
+    def __init__(self, settings: Distillation, guider, model_options: dict, say: NodeText = LOG):
+        self._settings, self._guider, self._given = settings, guider, model_options
+        self._say_once = cache(say)
+        self._options, self._step = model_options, 0
         self._active = [name for name, weight in settings.weights.items() if weight]
         self._of_model = [name for name in self._active if name != MOTION]
         self._low_memory, self._measured = settings.low_memory, False
 
     def __call__(self, target: Tensor, source: Tensor, sigma: Tensor, scales: Mapping[str, float] | None) -> Look:
         """See `core.distillation.distill`; of the model's regularisers each gradient is a backward pass."""
-        views = views_of(target, sigma, self._guider.inner_model, self._options)
-        seen = blended(target, views, lambda view: self._of_view(view, target, source, sigma, scales))
+        self._options = at_step(self._given, sigma, self._step)
+        self._step += 1
+        base, conds = self._guider.inner_model, self._guider.conds
+        seen, losses = by_window(
+            target,
+            sigma,
+            base,
+            self._options,
+            conds,
+            self._names(scales),
+            lambda window: self._of_window(window, target, source, sigma, scales),
+        )
 
         def named(kind: str) -> dict:
             return {name.removeprefix(kind): value for name, value in seen.items() if name.startswith(kind)}
 
-        found = _Found(named(LOSS), named(SLOPE), seen.get(PULL))
+        found = _Found(dict(losses), named(SLOPE), seen.get(PULL))
         if MOTION in self._active:
             loss, slope = self._motion(target, source, sigma)
             found.losses[MOTION] = loss
@@ -268,60 +271,80 @@ class _Looks:
         of_source = self._guided(named(SOURCE), SOURCE_POSITIVE, source, sigma) if self._settings.delta else None
         return Look(denoised, of_source, found.losses, found.slopes, found.pull)
 
-    def _of_view(self, view: View, target: Tensor, source: Tensor, sigma: Tensor, scales) -> dict[str, Tensor | float]:
-        """Predictions by prompt, losses and gradients, of the frames that a view sees."""
+    def _names(self, scales: Mapping[str, float] | None) -> list[str]:
+        """Of the latents that one window gives."""
+        sides = [TARGET, SOURCE] if self._settings.delta else [TARGET]
+        slopes = [SLOPE + name for name in self._of_model] if scales is None else [PULL] if self._of_model else []
+        return [side + branch for side in sides for branch in ("text", "negative")] + slopes
+
+    def _of_window(self, window: Window, target: Tensor, source: Tensor, sigma: Tensor, scales):
+        """Predictions by prompt and gradients of the frames that a window shows, and losses by name."""
         comfy.model_management.throw_exception_if_processing_interrupted()
         held, said = None, {}
         if self._settings.delta or self._of_model:
-            seen, held = self._of_source(view, view.of(source), sigma)
-            said |= {SOURCE + branch: value for branch, value in seen.items()}
-        seen, found = self._of_target(view, view.of(target), sigma, held, scales)
+            seen, held = self._of_source(window, window.of(source), sigma)
+            said |= {SOURCE + branch: value for branch, value in seen.items()} if self._settings.delta else {}
+        seen, found = self._of_target(window, window.of(target), sigma, held, scales)
         said |= {TARGET + branch: value for branch, value in seen.items()}
-        said |= {LOSS + name: value for name, value in found.losses.items()}
-        said |= {SLOPE + name: value for name, value in found.slopes.items()}
-        return said if found.pull is None else said | {PULL: found.pull}
+        said |= {SLOPE + name: window.own_frames(value) for name, value in found.slopes.items()}
+        if found.pull is not None:
+            said[PULL] = window.own_frames(found.pull)
+        return said, found.losses
 
     def _recorders(self) -> tuple[KeyRecorder, FeatureRecorder | None, Recorders]:
         keys = KeyRecorder(self._settings.blocks)
         features = FeatureRecorder(None) if RELEVANCE in self._active else None
         return keys, features, Recorders(*filter(None, (keys, features)))
 
-    def _of_source(self, view: View, x: Tensor, sigma: Tensor):
+    def _of_source(self, window: Window, x: Tensor, sigma: Tensor):
         """The predictions by prompt, and what the regularisers compare with."""
         keys, features, recorder = self._recorders()
-        prompts = {"text": SOURCE_POSITIVE, "negative": "negative"}
+        prompts, branch = {"text": SOURCE_POSITIVE, "negative": "negative"}, self._settings.branch
         if not self._settings.delta:
-            prompts = {self._settings.branch: prompts[self._settings.branch]}
-        tap = AttentionTap(self._guider.model_patcher, [recorder] if self._of_model else [], differentiable=True)
-        seen = {
-            branch: self._predict(view, name, x, sigma, tap if branch == self._settings.branch else None)
-            for branch, name in prompts.items()
-        }
+            prompts = {branch: prompts[branch]}
+        patcher, tap = self._guider.model_patcher, None
+        if self._of_model:
+            tap = AttentionTap(patcher, [recorder], differentiable=True, unheard=self._say_unheard)
+        seen = self._predict(window, prompts, x, sigma, source=True, heard=branch, tap=tap)
         own_keys = {name: normal_tensor(t) for name, t in keys.keys.items()}
+        if {SPATIAL, TEMPORAL} & set(self._of_model) and not own_keys:
+            raise ValueError(
+                "layers: the attention of none of them reaches Video DDS, since another node replaces it; remove that "
+                "node, or name other layers"
+            )
         return seen, (own_keys, {} if features is None else features.features)
 
-    def _of_target(self, view: View, x: Tensor, sigma: Tensor, held, scales) -> tuple[dict[str, Tensor], _Found]:
+    def _say_unheard(self, _: ModelRun, layers: list[Layer]) -> None:
+        lost = [layer for layer in layers if layer.kind in IN_SPACE and layer.block in self._settings.blocks]
+        if lost:
+            self._say_once(
+                f"Video DDS: another node replaces the attention of {len(lost)} layers (such as {lost[0].path}), whose "
+                f"keys are not compared. Remove it to compare them."
+            )
+
+    def _of_target(self, window: Window, x: Tensor, sigma: Tensor, held, scales) -> tuple[dict[str, Tensor], _Found]:
         """The predictions by prompt, and what the regularisers say."""
-        prompts = {"text": "positive", "negative": "negative"}
-        graded = self._settings.branch if self._of_model else None
-        seen = {}
-        for branch, name in prompts.items():
-            if branch != graded:
-                predict = self._metered if graded else self._predict
-                seen[branch] = predict(view, name, x, sigma)
-        found = _Found()
-        if graded:
-            arguments = view, prompts[graded], x, sigma, held, scales
-            lean = None if self._low_memory else lambda: self._lean(*arguments)
-            knobs = "the layers (such as u1)"
-            seen[graded], found = with_less_memory("Video DDS", lambda: self._with_gradient(*arguments), lean, knobs)
-        return seen, found
+        prompts, branch = {"text": "positive", "negative": "negative"}, self._settings.branch
+        if not self._of_model:
+            return self._predict(window, prompts, x, sigma), _Found()
+        alone = self._one_pass_predicts(window, prompts[branch])
+        seen = self._metered(window, {b: p for b, p in prompts.items() if b != branch or not alone}, x, sigma)
+        arguments = window, prompts[branch], x, sigma, held, scales
+        lean = None if self._low_memory else lambda: self._lean(*arguments)
+        knobs = "the layers (such as u1)"
+        predicted, found = with_less_memory("Video DDS", lambda: self._with_gradient(*arguments), lean, knobs)
+        return seen | ({branch: predicted} if alone else {}), found
+
+    def _one_pass_predicts(self, window: Window, prompt: str) -> bool:
+        """Whether the pass of the leading conditioning is the host's whole prediction of a prompt."""
+        return len(window.conds[prompt]) == 1 and "sampler_calc_cond_batch_function" not in self._options
 
     def _lean(self, *arguments) -> tuple[Tensor, _Found]:
         self._low_memory = True
         return self._with_gradient(*arguments)
 
-    def _with_gradient(self, view: View, prompt: str, x: Tensor, sigma: Tensor, held, scales) -> tuple[Tensor, _Found]:
+    def _with_gradient(self, window: Window, prompt: str, x: Tensor, sigma: Tensor, held, scales):
+        """(the prediction of the leading conditioning, what the regularisers say)."""
         base, patcher = self._guider.inner_model, self._guider.model_patcher
         keys, features, recorder = self._recorders()
         tap = AttentionTap(patcher, [recorder], differentiable=True)
@@ -343,9 +366,11 @@ class _Looks:
                 base,
                 x,
                 sigma,
-                view.cond(leading_cond(self._guider.conds[prompt], sigma, prompt)),
+                self._leading(window, prompt, sigma),
                 losses,
-                model_options=tap.install(view.options(self._options)),
+                model_options=window.options(self._options),
+                tap=tap,
+                needs=frozenset(IN_SPACE),
                 loss_scale=HALF_PRECISION_SCALE if half else 1.0,
                 mutates=family.mutates,
             )
@@ -382,22 +407,64 @@ class _Looks:
         slope.narrow(frames, 0, moved.shape[frames]).sub_(moved)
         return float(moved.square().mean()), 2 * slope / (moved.numel() * signal)
 
-    # --- calls of the model ---------------------------------------------
+    # --- passes ---------------------------------------------------------
 
-    def _predict(self, view: View, prompt: str, x: Tensor, sigma: Tensor, tap: AttentionTap | None = None) -> Tensor:
-        options = view.options(self._options)
-        options = options if tap is None else tap.install(options)
-        cond = view.cond(leading_cond(self._guider.conds[prompt], sigma, prompt))
-        return predict(self._guider.inner_model, x, sigma * x.new_ones(x.shape[0]), cond, options)
+    def _predict(
+        self,
+        window: Window,
+        prompts: Mapping[str, str],
+        x: Tensor,
+        sigma: Tensor,
+        *,
+        source: bool = False,
+        heard: str = "",
+        tap: AttentionTap | None = None,
+    ) -> dict[str, Tensor]:
+        """The host's predictions by branch, with all conditionings of each prompt; tap: hears the branch `heard`.
 
-    def _metered(self, view: View, prompt: str, x: Tensor, sigma: Tensor) -> Tensor:
+        A function that another pack has put in the host's place for this gets both prompts at once.
+        """
+        base, options = self._guider.inner_model, window.options(self._options)
+        found: dict[str, Tensor] = {}
+        if "sampler_calc_cond_batch_function" in options and len(prompts) > 1:
+            found = self._by_others(window, prompts, x, sigma, source)
+        for branch, prompt in prompts.items():
+            one = branch == heard and tap is not None
+            if one:
+                cond, needs = self._leading(window, prompt, sigma), frozenset(IN_SPACE)
+                made = call_model(base, [cond], x, sigma, options, tap=tap, needs=needs, source=source)
+                if self._one_pass_predicts(window, prompt):
+                    found[branch] = made
+            if branch not in found:
+                found[branch] = call_model(base, window.conds[prompt], x, sigma, options, source=source)
+        return found
+
+    def _by_others(self, window: Window, prompts: Mapping[str, str], x: Tensor, sigma: Tensor, source: bool):
+        options = for_pass(window.options(self._options), source)
+        given = {
+            "conds": [window.conds[prompts[branch]] for branch in ("text", "negative")],
+            "input": x,
+            "sigma": sigma * x.new_ones(x.shape[0]),
+            "model": self._guider.inner_model,
+            "model_options": options,
+        }
+        return dict(zip(("text", "negative"), options["sampler_calc_cond_batch_function"](given), strict=True))
+
+    def _leading(self, window: Window, prompt: str, sigma: Tensor) -> dict:
+        cond = leading_cond(window.conds[prompt], sigma, prompt)
+        if window.own is not None and "control" in cond:
+            raise ValueError(f"{prompt}: in context windows no gradient can follow a ControlNet; remove one of them")
+        return cond
+
+    def _metered(self, window: Window, prompts: Mapping[str, str], x: Tensor, sigma: Tensor) -> dict[str, Tensor]:
         """The same; the first time it also learns what a gradient takes, and has the host make room."""
         if self._measured:
-            return self._predict(view, prompt, x, sigma)
+            return self._predict(window, prompts, x, sigma)
         patcher = self._guider.model_patcher
         meter = ActivationMeter(self._guider.inner_model.diffusion_model, family_of(patcher))
+        first, *others = prompts
         with meter.open():
-            seen = self._predict(view, prompt, x, sigma)
+            seen = self._predict(window, {first: prompts[first]}, x, sigma)
         self._measured, memory = True, meter.memory
         models = [patcher, *self._guider.loaded_models]
         needed = memory.total(checkpointing=self._low_memory)
@@ -405,21 +472,20 @@ class _Looks:
         if not self._low_memory and needed > comfy.model_management.get_free_memory(patcher.load_device):
             log.info("Video DDS: keeps no activations, %.1f GB would not fit", needed / 1e9)
             self._low_memory = True
-        return seen
+        if "sampler_calc_cond_batch_function" in self._options:
+            return self._predict(window, prompts, x, sigma)
+        return seen | (self._predict(window, {name: prompts[name] for name in others}, x, sigma) if others else {})
 
     def _guided(self, seen: Mapping[str, Tensor], prompt: str, x: Tensor, sigma: Tensor) -> Tensor:
         """By the host's guidance, and by what other packs have put into it, which may call the model again."""
-        conds = self._guider.conds
+        conds, out = [self._guider.conds[name] for name in (prompt, "negative")], [seen["text"], seen["negative"]]
+        options, sigmas = for_pass(self._options, prompt == SOURCE_POSITIVE), sigma * x.new_ones(x.shape[0])
+        base, scale = self._guider.inner_model, self._settings.cfg
+        about = {"cond_scale": scale, "timestep": sigmas, "sigma": sigmas, "input": x, "model": base}
+        for function in options.get("sampler_pre_cfg_function", []):
+            out = function({"conds": conds, "conds_out": out, "model_options": options, **about})
         return comfy.samplers.cfg_function(
-            self._guider.inner_model,
-            seen["text"],
-            seen["negative"],
-            self._settings.cfg,
-            x,
-            sigma * x.new_ones(x.shape[0]),
-            model_options=self._options,
-            cond=conds[prompt],
-            uncond=conds["negative"],
+            base, out[0], out[1], scale, x, sigmas, model_options=options, cond=conds[0], uncond=conds[1]
         )
 
 
@@ -435,20 +501,20 @@ def optimise(
     mask: Tensor | None = None,
     dilation: float = 0.0,
     callback=None,
+    say: NodeText = LOG,
 ) -> tuple[Tensor, list[tuple[float, dict[str, float]]]]:
     """The optimised latent, as in the graph, and (t, losses by name) of each step.
 
     model: ModelPatcher; the rest are the host's CONDITIONING and samples of a LATENT; mask (F, H, W) of any
     size, 1 = edit, grown by `dilation` pixels of the clip; of one that is 0 everywhere the latent comes back, without a
-    step.
-    ValueError for a latent that is not a clip of this model, a prompt that is missing, a regulariser it cannot have.
+    step. say: shows a message on the node. ValueError for a latent that is not a clip of this model, a prompt that is
+    missing, a regulariser it cannot have.
     """
     check_clip_latent(latent, model)
     for name, cond in ((SOURCE_POSITIVE, source_positive), ("positive", positive), ("negative", negative)):
         if not cond:
             raise ValueError(f"{name}: it holds no prompt; connect a CLIP Text Encode")
         check_picture(model, (about for _, about in cond), name)
-        check_whole(cond, name)
     check_handler(model.model_options)
     if model.get_additional_models_with_key("multigpu"):
         raise ValueError(ONE_GPU)
@@ -456,17 +522,31 @@ def optimise(
         raise ValueError(
             f"relevance: {family_of(model).name} has no {lacking}, which the STR score is built from; set it to 0"
         )
+    model, caches = without_caches(model)
+    if caches:
+        say(f"Step caches are left out here ({', '.join(sorted(caches))}): each step needs the model's own answer.")
     guider = comfy.samplers.CFGGuider(model)
     guider.inner_set_conds({"positive": positive, "negative": negative, SOURCE_POSITIVE: source_positive})
     guider.set_cfg(settings.cfg)
     where = None if mask is None else grid_mask_of(mask, latent, model, dilation)
+    if where is not None:
+        say.show(share_of(where))
     if where is not None and not where.any():
         log.warning("Video DDS: the mask is empty (0 everywhere), so there is nothing to edit; the clip is unchanged")
         return latent.clone(), []
-    sampler = DistillationSampler(settings, seed, where)
+    sampler = DistillationSampler(settings, seed, where, say)
     sampling = model.get_model_object("model_sampling")
     sigmas = torch.tensor([float(sampling.percent_to_sigma(1 - settings.t_range[1])), 0.0])
     samples = guider.sample(
         torch.zeros_like(latent), latent, sampler, sigmas, callback=callback, disable_pbar=True, seed=seed
     )
     return samples, sampler.curve
+
+
+def check_prompts(guider, settings: Distillation) -> None:
+    """ValueError unless each prompt of a run has a conditioning for the whole frame at every noise level of it."""
+    sampling = guider.inner_model.model_sampling
+    for t in torch.linspace(*settings.t_range, PROMPTS_TESTED).tolist():
+        sigma = torch.as_tensor(sampling.percent_to_sigma(1 - t))
+        for name, conds in guider.conds.items():
+            leading_cond(conds, sigma, name)

@@ -52,7 +52,7 @@ class Family:
     frame_rule: tuple[int, int] = (1, 0)
     patched: Ends | None = None
     score_blocks: str = ""
-    pictures: str = ""
+    picture_keys: str = ""
     references: tuple[str, str] | None = None
     crops_text: bool = False
     unseen: float = 1.0
@@ -165,7 +165,7 @@ FAMILIES = (
             ("cross", r"(blocks)\.(\d+)\.cross_attn"),
         ),
         blocks=r"blocks\.\d+",
-        pictures="img_emb",
+        picture_keys="norm_k_img",
         references=("reference_latent", "ref_conv"),
         unseen=1.1,
         **FOUR_IN_ONE,

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from ..core.region_attention import HIDDEN
 from ..core.relevance import AttentionFeatures
-from .attention_tap import AttentionCall, EnoughSeen, Listener
+from .attention_call import AttentionCall
+from .attention_tap import EnoughSeen, Listener
 
 
 class FeatureRecorder:
@@ -71,7 +72,8 @@ class FeatureRecorder:
     def _keep(self, call: AttentionCall, partner: str) -> None:
         path = call.layer.path
         self._scales[path], self.grids[path], self._partners[path] = call.scale, call.grid, partner
-        self.tensors |= _tensors_of(call)
+        if partner == path:  # else they are kept, and a block that is recomputed has given them a graph
+            self.tensors |= _tensors_of(call)
         if path == self._last:
             raise EnoughSeen
 
@@ -88,19 +90,20 @@ class FeatureRecorder:
 
 def _tensors_of(call: AttentionCall) -> dict[str, Tensor]:
     """What a call contributes: query and key (F, H, N, D), or its map (N, H, F, F), or other keys (1, H, E, D)."""
+    call = call.per_frame
     path = call.layer.path
-    if call.over_time:
-        found = {f"{path} query": call.of_clip(call.query), f"{path} key": call.of_clip(call.key)}
-        return found if call.kind == "spatial" else found | {f"{path} extra": _seen(call, call.extra(call.key))}
-    if call.kind == "spatial":
-        return {f"{path} query": call.query, f"{path} key": call.key}
     if call.kind == "temporal":
         work = torch.promote_types(call.query.dtype, torch.float32)
         logits = call.query.to(work) @ call.key.to(work).mT * call.scale
         if call.mask is not None:
             logits = logits + call.mask.to(work)
         return {f"{path} map": torch.softmax(logits, -1)}
-    return {}
+    if call.kind != "spatial" and not call.over_time:
+        return {}
+    found = {f"{path} query": call.of_clip(call.query), f"{path} key": call.of_clip(call.key)}
+    if call.kind == "spatial":
+        return found
+    return found | {f"{path} extra": _seen(call, call.extra(call.key))}
 
 
 def _seen(call: AttentionCall, extra: Tensor) -> Tensor:

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from .attention_tap import until_enough_seen
+from .attention_tap import AttentionTap
+from .families import Kind
+from .model_pass import call_model
 
 FUSED_KERNELS = (
     *("apply_rope", "apply_rope1", "apply_rope_split_half", "apply_rope_split_half1", "rms_rope", "rms_rope1"),
@@ -72,30 +74,26 @@ def latent_gradients(
     losses: Callable[[Tensor | None], dict[str, Tensor]],
     *,
     model_options: dict,
+    tap: AttentionTap | None = None,
+    needs: frozenset[Kind] = frozenset(),
     loss_scale: float = 1.0,
     mutates: bool = False,
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Several losses of one conditional prediction, each with its own gradient; a backward pass each.
 
-    latent: as the sampler holds it; sigma: scalar; cond: one processed conditioning. `loss_scale` keeps half-precision
-    gradients out of underflow and is divided out. mutates: see `differentiable`.
+    latent: as the sampler holds it; sigma: scalar; cond: one processed conditioning. tap, needs: see
+    `model_pass.call_model`. `loss_scale` keeps half-precision gradients out of underflow and is divided out. mutates:
+    see `differentiable`.
     """
     found = {}
     with differentiable(base_model, mutates=mutates, beside=_control_networks(cond)):
         x = latent.clone().requires_grad_()
-        sigmas = sigma.clone() * torch.ones(x.shape[0], device=x.device)
-        values = losses(until_enough_seen(lambda: predict(base_model, x, sigmas, _normal_cond(cond), model_options)))
+        conds, level = [_normal_cond(cond)], normal_tensor(sigma)
+        values = losses(call_model(base_model, conds, x, level, model_options, tap=tap, needs=needs))
         for left, (name, value) in zip(reversed(range(len(values))), values.items(), strict=True):
             gradient = torch.autograd.grad(value * loss_scale, x, retain_graph=left > 0)[0] / loss_scale
             found[name] = value.detach(), gradient
     return found
-
-
-def predict(base_model, x: Tensor, sigmas: Tensor, cond: dict, model_options: dict) -> Tensor:
-    """The prediction of x0 for one processed conditioning; sigmas (B,)."""
-    import comfy.samplers
-
-    return comfy.samplers.calc_cond_batch(base_model, [[cond]], x, sigmas, model_options)[0]
 
 
 def normal_tensor(tensor: Tensor) -> Tensor:

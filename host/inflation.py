@@ -9,7 +9,8 @@ import re
 from collections.abc import Sequence
 
 from ..core.inflation import Inflation
-from .attention_tap import INFLATION, AttentionTap
+from .attention_call import INFLATION, ModelRun
+from .attention_tap import AttentionTap
 from .families import attention_layers, family_of
 
 
@@ -46,13 +47,13 @@ class InflatedTap(AttentionTap):
     """The tap that does what a run's mark asks for where no other tap has, and shares norms over the clip."""
 
     def __init__(self, model, listeners):
-        super().__init__(model, listeners)
+        super().__init__(model, listeners, acts_in=lambda run: run.inflation is not None)
         norms = family_of(model).norms
         self._norms = [path for path, _ in model.model.diffusion_model.named_modules() if re.fullmatch(norms, path)]
 
     @contextlib.contextmanager
     def _following(self, run, block=""):
-        inflation = run.options.get(INFLATION)
+        inflation = run.inflation
         shared = inflation is not None and inflation.shared_norms and len(run.frames) > 1
         norms = _shared_norms(run, self._norms, block) if shared else contextlib.nullcontext()
         with super()._following(run, block), norms:
@@ -60,7 +61,7 @@ class InflatedTap(AttentionTap):
 
 
 @contextlib.contextmanager
-def _shared_norms(run, norms: Sequence[str], block: str):
+def _shared_norms(run: ModelRun, norms: Sequence[str], block: str):
     """The group norms at these paths, of a block only those inside it, take (B F, C, H, W) as (B, C, F H, W)."""
     prompts, frames, handles = len(run.prompts), len(run.frames), []
 

@@ -11,7 +11,9 @@ from .conditioning import check_picture
 from .families import noise_space
 from .fingerprint import CLIP_TOLERANCE
 from .latents import check_clip_latent
-from .sampling import SOURCE_RUN, TrajectorySampler
+from .model_pass import as_source, without_caches
+from .node_text import LOG, NodeText
+from .sampling import TrajectorySampler
 
 RF_SIGMA_MAX = 0.999
 """At sigma 1 a rectified-flow latent holds no trace of the clip and cannot be inverted."""
@@ -43,7 +45,6 @@ class InversionSampler(comfy.samplers.Sampler):
             comfy.model_management.throw_exception_if_processing_interrupted()
             return model_wrap(x, sigma * x.new_ones(x.shape[0]), **extra_args)
 
-        extra_args["model_options"]["transformer_options"][SOURCE_RUN] = True
         x, last = latent_image if self.begin is None else self.begin.to(latent_image), len(sigmas) - 1
         self.latents = [x.to(self.store)]
         for k in range(last):
@@ -64,13 +65,15 @@ def invert(
     callback=None,
     to_percent: float = 0.0,
     before: Trajectory | None = None,
+    say: NodeText = LOG,
 ) -> Trajectory:
     """DDIM inversion of one clip at CFG 1 with the source conditioning.
 
     latent: [F, C, h, w] or [1, C, F, h, w] as in the graph; sigmas: (S + 1,) falling to 0. Costs S (1 + refinements)
     model calls and keeps S + 1 latents. to_percent: progress of denoising in [0, 1] up to whose noise to go, of a
     schedule that another model has the rest of; before: the part that such a model has inverted, from whose noisiest
-    latent this one goes on. ValueError for a latent that is no clip of this model, or not that of `before`.
+    latent this one goes on. Step caches of the model are left out, since each step needs the model's own answer. say:
+    shows a message on the node. ValueError for a latent that is no clip of this model, or not that of `before`.
     """
     check_clip_latent(latent, model)
     if not positive:
@@ -81,7 +84,10 @@ def invert(
         sigmas = sigmas.clamp(max=RF_SIGMA_MAX)
     whole = len(sigmas) - 1
     sigmas = _part_of(sigmas, model, space, latent, to_percent, before)
-    guider = comfy.samplers.CFGGuider(model)
+    exact, caches = without_caches(model)
+    if caches:
+        say(f"Step caches are left out of the inversion ({', '.join(sorted(caches))}); the edit may use them.")
+    guider = comfy.samplers.CFGGuider(as_source(exact))
     guider.inner_set_conds({"positive": positive})
     guider.set_cfg(1.0)
     begin = None if before is None else before.latents[0]
@@ -128,7 +134,7 @@ def _part_of(
 
 def reconstruct(trajectory: Trajectory, callback=None) -> Tensor:
     """The clean latent that sampling back at CFG 1 with the source conditioning gives, in the model's scale."""
-    guider = comfy.samplers.CFGGuider(trajectory.model)
+    guider = comfy.samplers.CFGGuider(as_source(without_caches(trajectory.model)[0]))
     guider.inner_set_conds({"positive": trajectory.conditioning})
     empty = torch.zeros(trajectory.shape)
     sampler = TrajectorySampler(trajectory)

@@ -1,33 +1,39 @@
 """ST-Layout modulation of a model's attention by regions, as a listener of the attention tap (arXiv 2502.17258).
 
-Modes: "paper": self-attention of all prompts and cross-attention of the positive one; a region's size is its share of
-the clip (self) or of the frame (cross); a pixel is of one region, what is in none is a region of its own. "released",
-as the public code: self-attention of the negative prompt only; sizes nearly 1 in self-attention; masks overlap, and
-what is in no mask shares a region with nothing.
+The regions come with the conditionings of the run, see `regional_prompts`. Cross-attention of a prompt is modulated by
+its own layout and by no other. Self-attention of a prompt without one follows the layout of the run's regional prompt.
 """
 
-import logging
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import torch
+from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 from torch import Tensor
 from torch.nn.functional import pad
 
 from ..core.region_attention import modulated_attention, modulation_strength
-from ..core.regions import membership, partition, same_frames, size_term, token_regions
-from .attention_tap import AttentionCall, AttentionTap
-from .families import attention_layers, family_of
-from .region_prompt import Layout
-from .sampling import SOURCE_RUN
-
-log = logging.getLogger("spacetime_edit")
-
-POSITIVE, NEGATIVE = 0, 1
-"""Numbers of the prompts in the host's cond_or_uncond."""
+from .attention_call import AttentionCall, ModelRun
+from .attention_tap import AttentionTap
+from .families import Kind, Layer, attention_layers, family_of
+from .node_text import LOG, NodeText
+from .region_prompt import LAYOUT
+from .regional_prompts import (
+    Placed,
+    RegionalPrompts,
+    Table,
+    prompts_of,
+    remember_prompts,
+    rows_of,
+    tell_conditionings,
+)
 
 FINEST = 1024
 """Tokens a frame up to which the latent's own resolution is modulated where no levels are chosen."""
+
+KEY = "spacetime_edit_regions"
+"""Of the wrappers that bring the regional prompts of a run to its attention."""
 
 
 @dataclass(frozen=True)
@@ -53,163 +59,199 @@ class _Arguments:
         of_query, of_key = (pad(t, (0, 0, before, after)) for t in (self.of_query, self.of_key))
         return _Arguments(of_query, of_key, pad(self.strength, (before, after)), self.blocks, alone)
 
+    def of_queries(self, queries: slice) -> "_Arguments":
+        """The same for some of the queries, where another pack asks for a few at a time."""
+        part = slice(queries.start, min(queries.stop, self.of_query.shape[1]))
+        return _Arguments(self.of_query[:, part], self.of_key, self.strength[:, part], self.blocks, self.alone)
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """What one prompt of the batch brings: its layout, with words of its own or lent, and the table of its regions."""
+
+    placed: Placed | None
+    table: Table
+
 
 @dataclass(frozen=True, eq=False)
 class RegionModulation:
-    """Modulates attention calls by the regions of a layout.
+    """Modulates attention calls by the regions of the prompts.
 
     self_strength, cross_strength, temporal_strength: factors of the method's own strength, 0 = none; where one
     attention reads prompt and clip together, the mean of the first two. start, end: percent of denoising in [0, 1].
     levels: how much coarser than the latent a layer's grid is, where it is modulated; None: all but the latent's own
-    resolution, and that too where it has at most 1024 tokens.
+    resolution, and that too where it has at most 1024 tokens. say: shows a message on the node of the patch.
     """
 
-    layout: Layout
     self_strength: float = 1.0
     cross_strength: float = 1.0
     temporal_strength: float = 0.0
     start: float = 0.0
     end: float = 0.3
     levels: frozenset[int] | None = None
-    _tables: dict = field(default_factory=dict, repr=False)
+    say: NodeText = LOG
 
     @property
     def neutral(self) -> bool:
         """Whether it never changes anything."""
-        return not self.layout.regions or not (self.self_strength or self.cross_strength or self.temporal_strength)
+        return not any(map(self._factor, ("spatial", "cross", "temporal")))
+
+    def _factor(self, kind: Kind) -> float:
+        return {
+            "spatial": self.self_strength,
+            "spacetime": self.self_strength,
+            "cross": self.cross_strength,
+            "joint": (self.self_strength + self.cross_strength) / 2,
+            "temporal": self.temporal_strength,
+        }[kind]
+
+    def acts_in(self, run: ModelRun) -> bool:
+        """Whether it may change a model run. The source clip is seen as it is."""
+        prompts = prompts_of(run)
+        here = self.start <= run.percent <= self.end and not run.of_source
+        return here and prompts is not None and bool(prompts.layouts)
+
+    def missed(self, layers: Mapping[str, Layer], run: ModelRun, hidden: Sequence[Layer]) -> None:
+        """Says in which of the model's layers another pack keeps regions from acting."""
+        wanted = [layer for layer in layers.values() if self._factor(layer.kind)]
+        hidden = [layer for layer in hidden if self._factor(layer.kind)]
+        if hidden and (prompts := prompts_of(run)) is not None:
+            kinds = " and ".join(sorted({layer.kind for layer in hidden}))
+            prompts.say_once(
+                f"Regions {'do nothing' if len(hidden) == len(wanted) else 'act in part'}: another node replaces the "
+                f"{kinds} attention of {len(hidden)} of {len(wanted)} layers (as IPAdapter does, and packs that swap "
+                f"ComfyUI's attention function). Remove it to let regions act there."
+            )
 
     def __call__(self, call: AttentionCall) -> Tensor | None:
-        factor, parts = {
-            "spatial": (self.self_strength, self._of_self),
-            "spacetime": (self.self_strength, self._of_self),
-            "cross": (self.cross_strength, self._of_cross),
-            "joint": ((self.self_strength + self.cross_strength) / 2, self._of_joint),
-            "temporal": (self.temporal_strength, self._of_time),
-        }[call.kind]
-        if factor == 0 or not self.start <= call.percent <= self.end or not self._at_level(call):
+        factor = self._factor(call.kind)
+        if factor == 0 or not self._at_level(call):
             return None
-        if call.options.get(SOURCE_RUN):
-            return None  # the source clip is seen as it is
-        wide = call.over_frames()
-        arguments = parts(wide)
+        arguments = self._arguments(call)
         if arguments is None:
             return None
-        output = modulated_attention(
-            wide.query,
-            wide.key,
-            wide.value,
+        if call.query.shape[2] < arguments.of_query.shape[1]:
+            arguments = arguments.of_queries(slice(call.first, call.first + call.query.shape[2]))
+        return modulated_attention(
+            call.query,
+            call.key,
+            call.value,
             arguments.of_query,
             arguments.of_key,
             (factor * arguments.strength).clamp(max=0.999),
-            overlap="product" if self.layout.mode == "paper" else "any",
-            mask=wide.mask,
-            scale=wide.scale,
+            overlap=prompts_of(call.run).layouts[0].rules.overlap,
+            mask=call.mask,
+            scale=call.scale,
             blocks=arguments.blocks,
             alone=arguments.alone,
-            attention=wide.attend,
+            attention=call.attend,
         )
-        return call.by_frame(output)
 
     def _at_level(self, call: AttentionCall) -> bool:
         if self.levels is not None:
             return call.level in self.levels
         return call.level > 1 or call.grid[1] * call.grid[2] <= FINEST
 
+    def _arguments(self, call: AttentionCall) -> _Arguments | None:
+        """None where no prompt of the call has regions."""
+        parts = {"cross": self._of_cross, "joint": self._of_joint, "temporal": self._of_time}
+        prompts = [self._prompt(call, chunk) for chunk in range(len(call.run.prompts))]
+        return parts.get(call.kind, self._of_self)(call, prompts) if any(prompts) else None
+
+    def _prompt(self, call: AttentionCall, chunk: int) -> _Prompt | None:
+        """A prompt of the batch, where the call's kind of attention follows regions."""
+        run, prompts = call.run, prompts_of(call.run)
+        placed, area = prompts.of_chunk(run, chunk)
+        layout = placed.layout if placed is not None else prompts.shared
+        of_words = call.kind in ("cross", "joint")
+        if layout is None or (of_words and placed is None):
+            return None
+        if not of_words and placed is not None and not layout.rules.own_self_attention and call.kind != "temporal":
+            return None
+        return _Prompt(placed, prompts.table(layout, area, call))
+
     # --- one kind of attention each -------------------------------------
 
-    def _of_self(self, call: AttentionCall) -> "_Arguments | None":
+    def _of_self(self, call: AttentionCall, prompts: Sequence[_Prompt | None]) -> _Arguments:
         """Rows are frames, or of an inflated model several: (B, N, K) for queries, (B, M, K) for keys."""
-        tokens = self._tokens(call)
-        size = size_term(tokens, "clip", covered_twice=self.layout.mode == "released")
-        rows = self._rows(call, {NEGATIVE} if self.layout.mode == "released" else None)
-        if rows is None:
-            return None
-        of_queries = self._places([row.frames for row in call.rows], call)
-        of_keys = self._places([row.key_frames for row in call.rows], call)
-        strength = modulation_strength(1 - call.percent, size[of_queries].flatten(1), "self") * rows[:, None]
-        found = _Arguments(tokens[of_queries].flatten(1, 2), tokens[of_keys].flatten(1, 2), strength)
+        tokens, size = _stacked(call, prompts, "of_clip")
+        chunks, of_queries, of_keys = *rows_of(call), rows_of(call, keys=True)[1]
+        strength = modulation_strength(1 - call.percent, _at(size, chunks, of_queries), "self")
+        strength = strength * _active(call, prompts)[chunks][:, None]
+        found = _Arguments(_at(tokens, chunks, of_queries), _at(tokens, chunks, of_keys), strength)
         return found.among(call) if call.kind == "spacetime" else found
 
-    def _of_cross(self, call: AttentionCall) -> "_Arguments | None":
-        """Queries are a frame's tokens, or the clip's, keys the text's, of the positive prompt."""
-        rows = self._rows(call, {POSITIVE})
-        if rows is None:
-            return None
-        tokens, text = self._tokens(call), self._text(call, call.key.shape[2])
-        frames = self._places([row.frames for row in call.rows], call)
-        size = size_term(tokens, "frame")
-        strength = modulation_strength(1 - call.percent, size[frames].flatten(1), "cross") * rows[:, None]
-        of_query = tokens[frames].flatten(1, 2)[..., : text.shape[1]]
+    def _of_cross(self, call: AttentionCall, prompts: Sequence[_Prompt | None]) -> _Arguments:
+        """Queries are a frame's tokens, or the clip's, keys the text's."""
+        tokens, size = _stacked(call, prompts, "of_frame")
+        chunks, frames = rows_of(call)
+        text = _text(call, prompts, call.key.shape[2])
+        strength = modulation_strength(1 - call.percent, _at(size, chunks, frames), "cross")
+        strength = strength * _active(call, prompts)[chunks][:, None]
+        of_query = _at(tokens, chunks, frames)[..., : text.shape[2]]
         if call.run.patch is not None:  # tokens of a reference picture see the prompt as without regions
             before, _, after = call.parts(call.query)
-            of_query, strength = pad(of_query, (0, 0, before, after)), pad(strength, (before, after))
-        return _Arguments(of_query, text, strength)
+            around = before, max(after, 0)  # a part of the queries is shorter than the clip
+            of_query, strength = pad(of_query, (0, 0, *around)), pad(strength, around)
+        return _Arguments(of_query, text[chunks], strength)
 
-    def _of_joint(self, call: AttentionCall) -> "_Arguments | None":
-        """Queries and keys are the text's tokens and the clip's, of the positive prompt; text queries stay.
+    def _of_joint(self, call: AttentionCall, prompts: Sequence[_Prompt | None]) -> _Arguments:
+        """Queries and keys are the text's tokens and the clip's; text queries stay.
 
-        Extrema are those of the text and of the clip, each by itself (decision D6).
+        Extrema are those of the text and of the clip, each by itself.
         """
-        rows = self._rows(call, {POSITIVE})
-        if rows is None:
-            return None
-        tokens = self._tokens(call)
-        clip, text = tokens.flatten(0, 1), self._text(call, call.key.shape[2] - tokens[..., 0].numel())
-        text = pad(text, (0, clip.shape[1] - text.shape[1]))
-        strength = modulation_strength(1 - call.percent, size_term(tokens, "clip").flatten(), "joint")
-        parts = [(text, strength.new_zeros(len(text))), (clip, strength)]
+        tokens, size = _stacked(call, prompts, "of_clip")
+        clip, size = tokens.flatten(1, 2), size.flatten(1)
+        text = _text(call, prompts, call.key.shape[2] - clip.shape[1])
+        text = pad(text, (0, clip.shape[2] - text.shape[2]))
+        strength = modulation_strength(1 - call.percent, size, "joint") * _active(call, prompts)[:, None]
+        parts = [(text, strength.new_zeros(text.shape[:2])), (clip, strength)]
         if call.run.clip_at == "first":
             parts.reverse()
-        of_all, strength = (torch.cat(of_parts) for of_parts in zip(*parts, strict=True))
-        blocks = [len(of_part) for of_part, _ in parts]
-        return _Arguments(of_all, of_all, strength * rows[:, None], blocks)
+        of_all, strength = (torch.cat(of_parts, 1) for of_parts in zip(*parts, strict=True))
+        return _Arguments(of_all, of_all, strength, [of_part.shape[1] for of_part, _ in parts])
 
-    def _of_time(self, call: AttentionCall) -> "_Arguments":
+    def _of_time(self, call: AttentionCall, prompts: Sequence[_Prompt | None]) -> _Arguments:
         """Rows are places, tokens frames: a place may change its region as objects move."""
-        tokens = self._tokens(call).transpose(0, 1)  # (N, f, K)
-        size = size_term(self._tokens(call), "clip").T
-        prompts = len(call.rows) // len(tokens)
-        strength = modulation_strength(1 - call.percent, size, "temporal").repeat(prompts, 1)
-        tokens = tokens.repeat(prompts, 1, 1)
+        tokens, size = _stacked(call, prompts, "of_clip")
+        strength = modulation_strength(1 - call.percent, size, "temporal") * _active(call, prompts)[:, None, None]
+        tokens, strength = (t.transpose(1, 2).flatten(0, 1) for t in (tokens, strength))  # (P N, f, K), (P N, f)
         return _Arguments(tokens, tokens, strength)
 
-    # --- tables ---------------------------------------------------------
 
-    def _tokens(self, call: AttentionCall) -> Tensor:
-        """(frames of the run, N, K) on the call's grid: memberships, the last of them the rest in mode "paper"."""
-        key = call.grid[1:], call.run.frames
-        if key not in self._tables:
-            masks, grid = same_frames(self.layout.regions), (call.run.clip_frames, *call.grid[1:])
-            if self.layout.mode == "paper":
-                table = membership(partition(masks), grid)
-            else:
-                table = membership(masks, grid, "nearest")
-            self._tables[key] = table[list(call.run.frames)]
-        return self._tables[key].to(call.query.device)
+def _stacked(call: AttentionCall, prompts: Sequence[_Prompt | None], size: str) -> tuple[Tensor, Tensor]:
+    """(P, f, N, K) memberships and (P, f, N) size terms of the frames of the run, 0 for prompts without regions."""
+    tables = [prompt and prompt.table for prompt in prompts]
+    first, frames = next(filter(None, tables)), list(call.run.frames)
+    most = max(table.tokens.shape[2] for table in tables if table is not None)
+    tokens = first.tokens.new_zeros(len(prompts), len(frames), first.tokens.shape[1], most)
+    sizes = first.tokens.new_zeros(tokens.shape[:3])
+    for p, table in enumerate(tables):
+        if table is not None:
+            tokens[p, ..., : table.tokens.shape[2]] = table.tokens[frames]
+            sizes[p] = getattr(table, size)[frames]
+    return tokens.to(call.query.device), sizes.to(call.query.device)
 
-    def _text(self, call: AttentionCall, keys: int) -> Tensor:
-        """(keys, K): which of so many of the call's keys are words of a region; the host may repeat a prompt."""
-        length = self.layout.length
-        last = max((place for places in self.layout.positions for place in places), default=0)
-        if call.run.crops_text and last < keys < length:
-            return token_regions(self.layout.positions, length)[:keys].to(call.query.device)
-        if keys % length:
-            raise ValueError(
-                f"layout: it was made for {length} text tokens (the prompt {self.layout.prompt!r}), the model gets "
-                f"{keys}; connect the CONDITIONING of the same Encode Regional Prompt as positive"
-            )
-        table = token_regions(self.layout.positions, length).repeat(keys // length, 1)
-        return table.to(call.query.device)
 
-    def _places(self, frames: Sequence[Sequence[int]], call: AttentionCall) -> Tensor:
-        """For each batch row its frames (B, f), counted within the run."""
-        place = {frame: i for i, frame in enumerate(call.run.frames)}
-        return torch.tensor([[place[frame] for frame in of_row] for of_row in frames], device=call.query.device)
+def _text(call: AttentionCall, prompts: Sequence[_Prompt | None], keys: int) -> Tensor:
+    """(P, keys, K): which text tokens are words of which region, 0 for prompts without regions."""
+    own = [prompt and prompt.placed.words(keys, call.run.crops_text) for prompt in prompts]
+    most = max(table.shape[1] for table in own if table is not None)
+    text = torch.zeros(len(prompts), keys, most, device=call.query.device)
+    for p, table in enumerate(own):
+        if table is not None:
+            text[p, :, : table.shape[1]] = table
+    return text
 
-    def _rows(self, call: AttentionCall, prompts: set[int] | None) -> Tensor | None:
-        """(B,) 1 for rows of these prompts; None where there is none of them."""
-        chosen = [prompts is None or row.prompt in prompts for row in call.rows]
-        return torch.tensor(chosen, dtype=torch.float32, device=call.query.device) if any(chosen) else None
+
+def _active(call: AttentionCall, prompts: Sequence[_Prompt | None]) -> Tensor:
+    """(P,) 1 for prompts with regions."""
+    return torch.tensor([float(prompt is not None) for prompt in prompts], device=call.query.device)
+
+
+def _at(table: Tensor, chunks: Tensor, frames: Tensor) -> Tensor:
+    """Of (P, f, N, ...) the frames (B, n) of each row's prompt (B,), one behind another: (B, n N, ...)."""
+    return table[chunks[:, None], frames].flatten(1, 2)
 
 
 def parse_levels(levels: str) -> frozenset[int] | None:
@@ -223,7 +265,7 @@ def parse_levels(levels: str) -> frozenset[int] | None:
 def patch_regions(model, modulation: RegionModulation):
     """A clone of a ModelPatcher whose attention is modulated; of a neutral one the clone is unchanged.
 
-    Raises ValueError where phrases have no cross-attention to act in.
+    Raises ValueError for a model whose one attention reads prompt and frame together.
     """
     patched = model.clone()
     if modulation.neutral:
@@ -234,31 +276,41 @@ def patch_regions(model, modulation: RegionModulation):
             f"model: in {family_of(model).name} one attention reads prompt and frame together, in which regions do not "
             f"act; use a model such as Zeroscope or SD 1.5"
         )
-    if not kinds & {"cross", "joint"} and modulation.cross_strength and any(modulation.layout.positions):
-        raise ValueError(
-            f"model: {family_of(model).name} has no cross-attention, so no phrase can be kept in its region; set "
-            f"cross_strength to 0 to let regions act in self-attention alone"
-        )
-    for number in _without_area(modulation.layout):
-        log.warning(
-            "ST-Layout: region %d (%r) covers nothing that is not covered by another; its words are drawn nowhere",
-            number,
-            modulation.layout.regions[number - 1].phrase,
-        )
-    for name in ("attn1", "attn2"):
-        if hidden := patched.model_options["transformer_options"].get("patches_replace", {}).get(name):
-            log.warning(
-                "ST-Layout: another pack replaces %s in %s; regions do not act there unless it calls the host's "
-                "attention",
-                {"attn1": "self-attention", "attn2": "cross-attention"}[name],
-                ", ".join(map(str, hidden)),
+    no_words = not kinds & {"cross", "joint"} and modulation.cross_strength > 0
+
+    def check(prompts: RegionalPrompts) -> None:
+        if no_words and any(places for layout in prompts.layouts for places in layout.positions):
+            raise ValueError(
+                f"model: {family_of(model).name} has no cross-attention, so no phrase can be kept in its region; set "
+                f"cross_strength of ST-Layout Attention Patch to 0 to let regions act in self-attention alone"
             )
-    patched.model_options = AttentionTap(patched, [modulation]).install(patched.model_options)
+
+    missed = partial(modulation.missed, attention_layers(patched))
+    tap = AttentionTap(patched, [modulation], acts_in=modulation.acts_in, unheard=missed)
+    options = tap.install(patched.model_options)
+    wrappers = {
+        WrappersMP.SAMPLER_SAMPLE: remember_prompts(modulation.say, check),
+        WrappersMP.CALC_COND_BATCH: tell_conditionings(modulation.say),
+    }
+    for place, wrapper in wrappers.items():
+        if not has_regions(patched):  # one pair does for several patches on a model
+            add_wrapper_with_key(place, KEY, wrapper, options, is_model_options=True)
+    patched.model_options = options
     return patched
 
 
-def _without_area(layout: Layout) -> list[int]:
-    """Numbers, from 1, of regions that own no pixel of any frame."""
-    masks = same_frames(layout.regions)
-    owned = partition(masks)[:-1] if layout.mode == "paper" else masks
-    return [k for k, mask in enumerate(owned, start=1) if mask.max() == 0]
+def has_regions(model) -> bool:
+    """Whether a ModelPatcher is patched to follow regions."""
+    wrappers = model.model_options.get("transformer_options", {}).get("wrappers", {})
+    return KEY in wrappers.get(WrappersMP.SAMPLER_SAMPLE, {})
+
+
+def tell_layouts_without_patch(model, conds: Mapping[str, Sequence[dict]]) -> None:
+    """Says on the nodes that encoded them that the regional prompts of a guider reach a ModelPatcher without patch."""
+    if has_regions(model):
+        return
+    layouts = [layout for own in conds.values() for cond in own if (layout := cond.get(LAYOUT)) and layout.regions]
+    for node in {layout.node for layout in layouts}:
+        NodeText(node)(
+            "The regions of this prompt do nothing: the model of the guider has no ST-Layout Attention Patch."
+        )

@@ -1,15 +1,21 @@
-"""How phrases reach attention: where the words of a region stand in an encoded prompt (decision D8)."""
+"""Regions on a prompt: where the words of each region stand in it, written into the CONDITIONING that it becomes."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from hashlib import blake2b
 from itertools import islice, takewhile
 from typing import Literal
 
 from torch import Tensor
 
-from ..core.regions import EVERY, PhraseError, Region, phrase_positions
+from ..core.region_attention import Overlap
+from ..core.regions import EVERY, PhraseError, Pooling, Region, phrase_positions
 
 Mode = Literal["paper", "released"]
+
+LAYOUT = "spacetime_edit_layout"
+"""Key of the Layout in the dict of a CONDITIONING's entry."""
 
 CLIP_ENCODERS = ("l", "g", "h")
 """The host's names of encoders that, beside another, only give one vector of the whole prompt."""
@@ -17,14 +23,38 @@ OPENING = "([{\"'“‘-/\n"
 """What a word may follow without a space."""
 
 
+@dataclass(frozen=True)
+class Rules:
+    """How regions become memberships of tokens, and whose self-attention they hold together.
+
+    partitioned: each pixel is of one region, and what is in none is a region of its own. overlap: tokens share a region
+    by the product of memberships, or if any mask covers both. covered_twice: see `core.regions.size_term`.
+    own_self_attention: of the regional prompt too, else only of the prompts beside it.
+    """
+
+    partitioned: bool
+    pooling: Pooling
+    overlap: Overlap
+    covered_twice: bool
+    own_self_attention: bool
+
+
+RULES: dict[Mode, Rules] = {
+    "paper": Rules(True, "area", "product", covered_twice=False, own_self_attention=True),
+    "released": Rules(False, "nearest", "any", covered_twice=True, own_self_attention=False),
+}
+"""As the method is published, and as its public code does it (arXiv 2502.17258)."""
+
+
 @dataclass(frozen=True, eq=False)
 class Layout:
     """Regions and where their phrases stand in one prompt.
 
     positions: for each region the places of its words among the prompt's `length` text tokens; empty for a region
-    without a phrase. mode: whose rules hold, see `region_patch`. words: the prompt's tokens, None where there is no
-    word; tokenize: other words in the same way; starts: the places that no word goes before, None where a word's tokens
-    are the same everywhere.
+    without a phrase. mode: whose rules hold. words: the prompt's tokens, None where there is no word; tokenize: other
+    words in the same way; starts: the places that no word goes before, None where a word's tokens are the same
+    everywhere. digests: of the prompt's vectors, by which it is known again in a longer prompt; empty: not compared.
+    node: the graph's name of the node that made it.
     """
 
     prompt: str
@@ -35,6 +65,37 @@ class Layout:
     words: tuple[object, ...] = field(default=(), repr=False)
     tokenize: Callable[[str], list[object]] | None = field(default=None, repr=False)
     starts: frozenset[int] | None = field(default=None, repr=False)
+    digests: tuple[bytes, ...] = field(default=(), repr=False)
+    node: str | None = None
+
+    @property
+    def rules(self) -> Rules:
+        return RULES[self.mode]
+
+    def offset_in(self, embedding: Tensor) -> int | None:
+        """Place of this prompt's first vector among those of an embedding (1, L, C); None: it is not there as it was.
+
+        Only vectors of the regions' words are compared: what else is in the prompt may have changed.
+        """
+        if not self.digests:
+            return 0 if embedding.shape[1] >= self.length else None
+        there, words = digests_of(embedding), [place for places in self.positions for place in places]
+        words = words or range(self.length)
+        for offset in range(len(there) - max(words)):
+            if all(there[offset + place] == self.digests[place] for place in words):
+                return offset
+        return None
+
+
+def digests_of(embedding: Tensor) -> tuple[bytes, ...]:
+    """One of each vector of an embedding (1, L, C)."""
+    rows = embedding[0].float().cpu().numpy()
+    return tuple(blake2b(row.tobytes(), digest_size=8).digest() for row in rows)
+
+
+def with_layout(conditioning: list, layout: Layout) -> list:
+    """A copy of a CONDITIONING that carries the layout."""
+    return [[embedding, {**about, LAYOUT: layout}] for embedding, about in conditioning]
 
 
 def positions_in(layout: Layout, phrase: str) -> list[int]:
@@ -69,20 +130,23 @@ def _places(layout: Layout, text: str, occurrence: int, strict: bool = False) ->
         return []
 
 
-def encode_regional_prompt(clip, prompt: str, regions: Sequence[Region], mode: Mode = "paper", splice: bool = False):
-    """CONDITIONING of a prompt, and the Layout of the regions in it.
+def encode_regional_prompt(
+    clip, prompt: str, regions: Sequence[Region], mode: Mode = "paper", splice: bool = False, node: str | None = None
+) -> list:
+    """CONDITIONING of a prompt that carries the Layout of the regions in it.
 
     splice: put the embedding of each phrase encoded by itself in its place, as the public code does: a phrase then
     knows nothing of the others. Raises ValueError naming phrase and prompt where a phrase is not in the prompt, or
     more than once and no occurrence is chosen.
     """
-    around = _tokens(clip, "")[0]
+    tokens_of = _tokenizer(clip)
+    around = tokens_of("")[0]
 
     def tokenize(text: str) -> list[object]:
-        return _without_template(_tokens(clip, text)[0], around)
+        return _without_template(tokens_of(text)[0], around)
 
     words, templated = tokenize(prompt), any(token is not None for token in around)
-    starts = _starts(words, _tokens(clip, prompt)[1], tokenize) if templated else None
+    starts = _starts(words, tokens_of(prompt)[1], tokenize) if templated else None
     whole = Layout(prompt, tuple(regions), (), len(words), mode, tuple(words), tokenize, starts)
     phrases = any(region.phrase.strip() for region in regions)
     if templated and phrases:
@@ -98,10 +162,13 @@ def encode_regional_prompt(clip, prompt: str, regions: Sequence[Region], mode: M
         )
     positions = tuple(tuple(place - cut for place in places) for _, places in found)
     if splice and phrases:
-        conditioning = _spliced(clip, conditioning, [text for text, _ in found], positions)
+        conditioning = _spliced(clip, tokens_of, conditioning, [text for text, _ in found], positions)
     starts = None if starts is None else frozenset(place - cut for place in starts)
-    layout = replace(whole, positions=positions, length=length, words=tuple(words[cut:]), starts=starts)
-    return conditioning, layout
+    known = {"positions": positions, "length": length, "words": tuple(words[cut:]), "starts": starts, "node": node}
+    one = replace(whole, **known)
+    # hooks of the text encoder with a schedule encode the prompt once for each of their times
+    layouts = [replace(one, digests=digests_of(embedding)) for embedding, _ in conditioning]
+    return [with_layout([entry], layout)[0] for entry, layout in zip(conditioning, layouts, strict=True)]
 
 
 def _check_language_model(tokenize: Callable[[str], list[object]], splice: bool) -> None:
@@ -118,10 +185,16 @@ def _check_language_model(tokenize: Callable[[str], list[object]], splice: bool)
         )
 
 
-def _tokens(clip, text: str) -> tuple[list[object], list[int]]:
+def _tokenizer(clip) -> Callable[[str], tuple[list[object], list[int]]]:
+    """What gives the tokens of a text by a CLIP's tokenizer, without holding its text encoder in memory."""
+    options = {"tokenizer_options": clip.tokenizer_options} if clip.tokenizer_options else {}
+    return partial(_tokens, partial(clip.tokenizer.tokenize_with_weights, return_word_ids=True, **options))
+
+
+def _tokens(tokenize: Callable[[str], dict], text: str) -> tuple[list[object], list[int]]:
     """The tokens of all chunks in a row, None where there is no word, of the encoder whose vectors attention reads; and
     the numbers of the parts of the text that they are of."""
-    by_encoder = clip.tokenize(text, return_word_ids=True)
+    by_encoder = tokenize(text)
     others = [tokens for name, tokens in by_encoder.items() if name not in CLIP_ENCODERS]
     read = others or list(by_encoder.values())
     if any([len(c) for c in tokens] != [len(c) for c in read[0]] for tokens in read[1:]):
@@ -156,13 +229,15 @@ def _shared(a: Sequence[object], b: Sequence[object], longest: int) -> int:
     return sum(1 for _ in takewhile(bool, islice(equal, longest)))
 
 
-def _spliced(clip, conditioning: list, phrases: Sequence[str], positions: Sequence[Sequence[int]]) -> list:
+def _spliced(
+    clip, tokens_of: Callable, conditioning: list, phrases: Sequence[str], positions: Sequence[Sequence[int]]
+) -> list:
     """The conditioning with the embeddings of phrases encoded by themselves."""
     alone = {}
     for phrase, places in zip(phrases, positions, strict=True):
         if not places:
             continue
-        own = [i for i, word in enumerate(_tokens(clip, phrase)[0]) if word is not None]
+        own = [i for i, word in enumerate(tokens_of(phrase)[0]) if word is not None]
         embedding = clip.encode_from_tokens_scheduled(clip.tokenize(phrase))[0][0]
         for start in range(0, len(places), len(own)):  # every occurrence
             for place, place_alone in zip(places[start:], own, strict=False):

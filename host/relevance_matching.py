@@ -13,16 +13,17 @@ from ..core.guidance import StepRule, descend
 from ..core.masks import redraw_inside, to_latent_grid
 from ..core.relevance import AttentionFeatures, Paths, matching_loss
 from ..core.trajectory import Trajectory
-from .attention_tap import AttentionTap, Listener, until_enough_seen
+from .attention_call import ModelRun
+from .attention_tap import AttentionTap, Listener
 from .checkpointing import checkpointed
-from .families import IN_SPACE, Family, attention_layers, family_of, parse_blocks, select_blocks
+from .families import IN_SPACE, Family, Layer, attention_layers, family_of, parse_blocks, select_blocks
 from .features import FeatureRecorder
-from .gradients import latent_gradient, normal_tensor, predict
+from .gradients import latent_gradient, normal_tensor
 from .inflation import inflation_of
 from .latents import mask_like
 from .memory import SMALLER_TILES, ActivationMeter, GradientMemory, loss_memory, small_tile, with_less_memory
+from .model_pass import Window, by_window, call_model, leading_cond
 from .sampling import Step
-from .windows import View, blended, views_of
 
 log = logging.getLogger("spacetime_edit")
 
@@ -41,6 +42,9 @@ NEW_CONTENT: tuple[Task, ...] = ("delete", "add")
 """Tasks for which nothing inside the mask is to be matched."""
 
 MemoryMode = Literal["auto", "low"]
+
+TARGET, SOURCE, GRADIENT, LOSS = "positive", "positive of Invert Video", "gradient", "loss"
+"""Names of the two prompts, and of what one window gives."""
 
 
 @dataclass(frozen=True)
@@ -170,18 +174,22 @@ class RelevanceMatching:
         if self.strength == 0 or not self.start <= step.percent <= self.end:
             return x
         run = step.run.memo.setdefault(self, _MatchingRun(low_memory=self.memory == "low"))
-        views = views_of(x, step.sigma, step.run.base_model, step.run.model_options)
-        whole = _Matcher(self, step, run, views[0]) if len(views) == 1 else None
+        conds = {TARGET: step.run.guider.conds["positive"], SOURCE: step.run.source_conds}
+        whole: list[_Matcher] = []  # of the clip without windows, for all iterations
         cosines = []
 
         def gradient(x: Tensor) -> tuple[Tensor, Tensor]:
-            def of_view(view: View) -> dict[str, Tensor]:
-                loss, slope = (whole or _Matcher(self, step, run, view)).gradient(view.of(x))
-                return {"loss": loss, "slope": slope}
+            def of_window(window: Window) -> tuple[dict[str, Tensor], dict[str, float]]:
+                matcher = whole[0] if whole else _Matcher(self, step, run, window)
+                if window.own is None:
+                    whole[:] = [matcher]
+                loss, slope = matcher.gradient(window.of(x))
+                return {GRADIENT: window.own_frames(slope)}, {LOSS: float(loss)}
 
-            found = blended(x, views, of_view)
-            cosines.append(-float(found["loss"]))
-            return found["loss"], found["slope"]
+            options = step.run.model_options
+            found, losses = by_window(x, step.sigma, step.run.base_model, options, conds, [GRADIENT], of_window)
+            cosines.append(-losses[LOSS])
+            return torch.tensor(losses[LOSS], dtype=torch.float64), found[GRADIENT]
 
         x = descend(
             x,
@@ -220,12 +228,12 @@ class _MatchingRun:
 
 
 class _Matcher:
-    """The loss between the source at one noise level and a target latent there, on the frames of a view."""
+    """The loss between the source at one noise level and a target latent there, on the frames of a window."""
 
-    def __init__(self, matching: RelevanceMatching, step: Step, run: _MatchingRun, view: View):
+    def __init__(self, matching: RelevanceMatching, step: Step, run: _MatchingRun, window: Window):
         self._matching, self._score, self._step, self._run = matching, matching.score, step, run
-        self._view = view
-        recorder = self._first_look() if run.last_layer is None else self._next_look()
+        self._window = window
+        recorder = self._first_source() if run.last_layer is None else self._next_source()
         self._source, self._grids = {p: f.map(normal_tensor) for p, f in recorder.features.items()}, recorder.grids
         self._weights = self._hidden_inside_mask() if matching.task in NEW_CONTENT else {}
 
@@ -235,7 +243,7 @@ class _Matcher:
         knobs = "the layers of Capture STR Score (such as m0)"
         loss, gradient = with_less_memory("STR matching", lambda: self._gradient(x), lean, knobs)
         if self._matching.task in NEW_CONTENT:  # what still reaches the inside comes by the network's receptive field
-            gradient = gradient * (1 - mask_like(self._view.of_mask(self._step.mask), gradient))
+            gradient = gradient * (1 - mask_like(self._window.of_mask(self._step.mask), gradient))
         return loss, gradient
 
     def _lean(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -253,9 +261,11 @@ class _Matcher:
                 run.base_model,
                 x,
                 self._step.sigma,
-                self._cond(run.guider.conds["positive"], "positive"),
+                self._cond(TARGET),
                 lambda _: self._loss(recorder.features),
-                model_options=tap.install(self._view.options(run.model_options)),
+                model_options=self._window.options(run.model_options),
+                tap=tap,
+                needs=frozenset(IN_SPACE),
                 loss_scale=HALF_PRECISION_SCALE if half else 1.0,
                 mutates=family.mutates,
             )
@@ -267,7 +277,7 @@ class _Matcher:
             )
         return loss, gradient
 
-    def _first_look(self) -> FeatureRecorder:
+    def _first_source(self) -> FeatureRecorder:
         """Records the source, learns where the forward may end, and has the host make room for the first gradient."""
         run = self._step.run
         meter = ActivationMeter(run.base_model.diffusion_model, family_of(run.trajectory.model))
@@ -292,7 +302,7 @@ class _Matcher:
         self._make_room(self._run.memory)
         return recorder
 
-    def _next_look(self) -> FeatureRecorder:
+    def _next_source(self) -> FeatureRecorder:
         recorder = FeatureRecorder(self._score.blocks, self._run.last_layer)
         self._record_source(recorder)
         return recorder
@@ -305,19 +315,31 @@ class _Matcher:
             self._run.low_memory = True
 
     def _record_source(self, *listeners: Listener) -> None:
-        run, sigma = self._step.run, self._step.sigma
-        tap = AttentionTap(run.trajectory.model, listeners, differentiable=True)  # the target's kernel, to the bit
-        options = tap.install(self._view.options(run.source_options))
-        cond = self._cond(run.source_conds, "positive of Invert Video")
-        z = self._view.of(self._step.source)
-        until_enough_seen(lambda: predict(run.base_model, z, sigma * z.new_ones(z.shape[0]), cond, options))
+        run, x = self._step.run, self._window.of(self._step.source)
+        # by the target's kernel, to the bit
+        tap = AttentionTap(run.trajectory.model, listeners, differentiable=True, unheard=self._say_unheard)
+        options, needs = self._window.options(run.source_options), frozenset(IN_SPACE)
+        cond = self._cond(SOURCE)
+        call_model(run.base_model, [cond], x, self._step.sigma, options, tap=tap, needs=needs, source=True)
 
-    def _cond(self, conds: list[dict], name: str) -> dict:
-        return self._view.cond(leading_cond(conds, self._step.sigma, name))
+    def _say_unheard(self, _: ModelRun, layers: list[Layer]) -> None:
+        """After the first pass, which is a whole one: layers in which another pack stands in for the attention."""
+        lost = [layer for layer in layers if layer.kind in (*IN_SPACE, "temporal")]
+        if lost:
+            self._step.run.say(
+                f"STR matching: another node replaces the attention of {len(lost)} layers (such as {lost[0].path}), "
+                f"which are not matched. Remove it to match them."
+            )
+
+    def _cond(self, name: str) -> dict:
+        cond = leading_cond(self._window.conds[name], self._step.sigma, name)
+        if self._window.own is not None and "control" in cond:
+            raise ValueError(f"{name}: in context windows no gradient can follow a ControlNet; remove one of them")
+        return cond
 
     def _hidden_inside_mask(self) -> dict[str, Tensor]:
-        """By layer, the weight (F, N) of each token: 0 in the mask, 1 outside (decision D5)."""
-        mask = normal_tensor(self._view.of_mask(self._step.mask).float())
+        """By layer, the weight (F, N) of each token: 0 in the mask, 1 outside."""
+        mask = normal_tensor(self._window.of_mask(self._step.mask).float())
         with torch.inference_mode(False):
             return {path: 1 - to_latent_grid(mask, *self._grids[path][1:]).flatten(1) for path in self._source}
 
@@ -328,19 +350,6 @@ class _Matcher:
             weight = self._weights.get(path)
             losses.append(matching_loss(source, target[path], rows=rows, weight=weight, **self._score.form))
         return torch.stack(losses).mean()
-
-
-def leading_cond(conds: list[dict], sigma: Tensor, name: str) -> dict:
-    """The first conditioning that is active at `sigma` over the whole frame; its attention maps stand for the clip."""
-    for cond in conds:
-        starts, ends = cond.get("timestep_start"), cond.get("timestep_end")
-        active = (starts is None or sigma <= starts) and (ends is None or sigma >= ends)
-        if active and "area" not in cond:
-            return cond
-    raise ValueError(
-        f"{name}: no conditioning covers the whole frame at sigma {float(sigma):.4g}; STR matching needs one without "
-        f"an area whose timestep range covers the whole edit"
-    )
 
 
 def _first_bad_layer(features: dict[str, AttentionFeatures]) -> str:

@@ -1,26 +1,19 @@
-"""Relevance of a region of the source clip over all frames, from one run of the model on the inverted clip.
-
-`show_to` is that run, for every node that looks at the attention of a clip.
-"""
+"""Relevance of a region of the source clip over all frames, from one call of the model on the inverted clip."""
 
 from dataclasses import dataclass, field
 
-import comfy.samplers
 import torch
 from matplotlib import colormaps
 from torch import Tensor
 from torch.nn.functional import interpolate
 
 from ..core.masks import as_frames
-from ..core.parametrization import noise_fraction
 from ..core.propagation import cross_frame_relevance, point_region, region_weight
 from ..core.trajectory import Trajectory
-from .attention_tap import AttentionCall, AttentionTap, Listener
+from .attention_call import AttentionCall
 from .families import Kind, attention_layers, select_blocks, space_kinds
-from .gradients import predict
 from .latents import frame_count, token_frames
-from .relevance_matching import leading_cond
-from .sampling import SOURCE_RUN
+from .model_pass import HANDLER, show_to
 
 LUMINANCE = torch.tensor([0.299, 0.587, 0.114])
 """Weights of red, green and blue in the brightness of a picture (ITU-R BT.601)."""
@@ -45,28 +38,14 @@ def relevance_of(
     model = trajectory.model
     shown = token_frames(frames or frame_count(trajectory.clean), trajectory.clean, model)
     recorder = RelevanceRecorder(region, shown[frame], chosen_blocks(layers, model), space_kinds(model))
-    show_to(recorder, trajectory, percent)
+    show_to(recorder, trajectory, percent, frozenset(recorder.kinds))
     return recorder.relevance[shown]
-
-
-def show_to(listener: Listener, trajectory: Trajectory, percent: float, *, model=None, positive=None) -> None:
-    """Runs the model once on the inverted latent nearest to `percent`; `listener` gets every attention call.
-
-    model, positive: another ModelPatcher than the inverted one, with its patches, and the prompt of an edit; None: the
-    source is seen as it was inverted.
-    """
-    step = nearest_step(trajectory, percent)
-    guider = comfy.samplers.CFGGuider(model or trajectory.model)
-    guider.inner_set_conds({"positive": positive or trajectory.conditioning})
-    empty = torch.zeros(trajectory.shape)
-    sampler = _OneLook(trajectory, step, listener, of_source=positive is None)
-    guider.sample(empty, empty, sampler, trajectory.sigmas[step:], disable_pbar=True, seed=0)
 
 
 def chosen_blocks(layers: str, model) -> frozenset[str] | None:
     """Of a list such as "u2-u3"; None: the node's own choice."""
     found, kinds = attention_layers(model).values(), space_kinds(model)
-    if "context_handler" in model.model_options:
+    if HANDLER in model.model_options:
         raise ValueError(
             "trajectory: its model has context windows, which show it only a part of the clip at a time; remove the "
             "context window node before Invert Video"
@@ -109,15 +88,6 @@ def check_images(images: Tensor, trajectory: Trajectory) -> None:
         )
 
 
-def nearest_step(trajectory: Trajectory, percent: float) -> int:
-    """Index of the noise level of the trajectory, above 0, whose progress of denoising is nearest to `percent`."""
-    if not 0 <= percent <= 1:
-        raise ValueError(f"percent: it is {percent}; expected a number from 0 to 1")
-    of_percent = trajectory.model.get_model_object("model_sampling").percent_to_sigma
-    away = [abs(1 - noise_fraction(float(sigma), of_percent) - percent) for sigma in trajectory.sigmas[:-1]]
-    return away.index(min(away))
-
-
 def heat_map(relevance: Tensor, images: Tensor, opacity: float) -> Tensor:
     """Relevance (F, H, W), from 0 to its maximum over the clip, in the colours of inferno over the grey clip.
 
@@ -148,8 +118,8 @@ class RelevanceRecorder:
         finest = call.at_latent_resolution or call.run.patch is not None
         wanted = finest if self.blocks is None else call.layer.block in self.blocks
         if call.kind in self.kinds and wanted:
-            frames, height, width = call.grid
-            weight, own = region_weight(self.region, height, width), (call.of_clip(t) for t in (call.query, call.key))
+            alone, (frames, height, width) = call.per_frame, call.grid
+            weight, own = region_weight(self.region, height, width), map(alone.of_clip, (alone.query, alone.key))
             relevance = cross_frame_relevance(*own, weight, self.frame, scale=call.scale)
             maps = relevance.view(frames, 1, height, width)
             self.total = self.total + interpolate(maps, self.region.shape, mode="bilinear")[:, 0].cpu()
@@ -161,31 +131,3 @@ class RelevanceRecorder:
         if not self.layers:
             raise ValueError("layers: no attention runs at the latent's own resolution; name blocks, such as d1-d2")
         return self.total / len(self.layers)
-
-
-class _OneLook(comfy.samplers.Sampler):
-    """Shows the model the trajectory's latent of one step, to a listener; samples nothing."""
-
-    def __init__(self, trajectory: Trajectory, step: int, listener: Listener, of_source: bool):
-        self._trajectory, self._step, self._listener, self._of_source = trajectory, step, listener, of_source
-
-    def sample(
-        self,
-        model_wrap,
-        sigmas,
-        extra_args,
-        callback,
-        noise,
-        latent_image=None,
-        denoise_mask=None,
-        disable_pbar=False,
-    ):
-        model_options = extra_args["model_options"]
-        if self._of_source:
-            model_options["transformer_options"][SOURCE_RUN] = True
-        tapped = AttentionTap(self._trajectory.model, [self._listener]).install(model_options)
-        whose = "positive of Invert Video" if self._of_source else "positive"
-        cond = leading_cond(model_wrap.conds["positive"], sigmas[0], whose)
-        latent = self._trajectory.latents[self._step].to(noise)
-        predict(model_wrap.inner_model, latent, sigmas[0] * latent.new_ones(latent.shape[0]), cond, tapped)
-        return noise

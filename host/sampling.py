@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
+import comfy.hooks
 import comfy.model_management
 import comfy.sampler_helpers
 import comfy.samplers
@@ -29,30 +30,31 @@ from ..core.parametrization import (
     noise_fraction,
 )
 from ..core.trajectory import Trajectory
+from .attention_call import SOURCE_RUN
 from .attention_tap import ONE_GPU
 from .conditioning import check_picture
-from .families import noise_space
+from .families import family_of, noise_space
 from .inflation import inflation_of
 from .latents import grid_mask_of, mask_like
-from .windows import check_windows
+from .model_pass import check_windows
+from .node_text import LOG, NodeText
+from .region_patch import tell_layouts_without_patch
 
 log = logging.getLogger("spacetime_edit")
-
-SOURCE_RUN = "spacetime_edit_source"
-"""Key in transformer_options of runs that see the source clip; region patches are inactive there."""
 
 BlendSource = Literal["trajectory", "re-noised source"]
 
 
 class Run:
-    """One run of the edit loop: whose weights, whose options, whose conditioning (decision D2).
+    """One run of the edit loop: whose weights, whose options, whose conditioning.
 
     The source's conditioning is prepared at the first use, its ControlNets loaded beside the models that the guider
     already uses, and cleaned up by `close`. memo: what a step function remembers of this run; records: what it reports.
+    say: shows a message on the sampler's node.
     """
 
-    def __init__(self, guider, trajectory: Trajectory, model_options: dict, seed: int):
-        self.guider, self.trajectory = guider, trajectory
+    def __init__(self, guider, trajectory: Trajectory, model_options: dict, seed: int, say: NodeText = LOG):
+        self.guider, self.trajectory, self.say = guider, trajectory, say
         self.model_options, self.seed = model_options, seed
         self._conds: dict[str, list[dict]] = {}
         self._models: list = []
@@ -69,6 +71,7 @@ class Run:
         patcher = self.guider.model_patcher
         latent = self.trajectory.clean.to(patcher.load_device)
         self._conds = {"positive": comfy.sampler_helpers.convert_cond(self.trajectory.conditioning)}
+        self._register_hooks()
         self._models, memory = comfy.sampler_helpers.get_additional_models(self._conds, patcher.model_dtype())
         if self._models:
             models = [patcher, *self.guider.loaded_models, *self._models]
@@ -78,8 +81,20 @@ class Run:
         )
         return self._conds["positive"]
 
+    def _register_hooks(self) -> None:
+        """Has the host know the weights that hooks of the source's prompt bring, beside those of the guider's."""
+        comfy.samplers.preprocess_conds_hooks(self._conds)
+        own, both = comfy.hooks.HookGroup(), comfy.hooks.HookGroup()
+        comfy.sampler_helpers.get_hooks_from_cond(self._conds["positive"], own)
+        if not own.hooks:
+            return
+        for conds in (*self.guider.conds.values(), self._conds["positive"]):
+            comfy.sampler_helpers.get_hooks_from_cond(conds, both)
+        target = comfy.hooks.create_target_dict(comfy.hooks.EnumWeightTarget.Model)
+        self.guider.model_patcher.register_all_hook_patches(both, target, self.model_options)
+
     def reserve(self, memory: int) -> None:
-        """Has the host free `memory` bytes on the device for what a step function is about to do (decision D11)."""
+        """Has the host free `memory` bytes on the device for what a step function is about to do ."""
         models = [self.guider.model_patcher, *self.guider.loaded_models, *self._models]
         comfy.model_management.load_models_gpu(models, memory_required=memory)
 
@@ -133,11 +148,12 @@ StepFunction = Callable[[Tensor, Step], Tensor]
 
 
 class TrajectorySampler(comfy.samplers.Sampler):
-    """Samples from the latents of an inversion, whatever noise is connected (decision D1).
+    """Samples from the latents of an inversion, whatever noise is connected .
 
     mask: (F, H, W), 1 = edit, any size; dilation in source pixels. Outside it the latent follows the source. A function
     of `before_step` may have `check(mask)`, which raises ValueError before the first step. goes_on: starts from the
-    latent that is connected, which an edit by another model of the same schedule left at the first sigma.
+    latent that is connected, which an edit by another model of the same schedule left at the first sigma. say: shows a
+    message on the sampler's node.
     """
 
     REMEMBERED = 4
@@ -152,8 +168,9 @@ class TrajectorySampler(comfy.samplers.Sampler):
         blend_source: BlendSource = "trajectory",
         before_step: Sequence[StepFunction] = (),
         goes_on: bool = False,
+        say: NodeText = LOG,
     ):
-        self.trajectory, self.goes_on = trajectory, goes_on
+        self.trajectory, self.goes_on, self.say = trajectory, goes_on, say
         self.before_step = tuple(before_step)
         self.dilation, self.blend_source = dilation, blend_source
         self.grid = None if mask is None else grid_mask(mask, trajectory, dilation)
@@ -191,13 +208,15 @@ class TrajectorySampler(comfy.samplers.Sampler):
                 float(sigmas[-1]),
             )
         first = self._check(model_wrap, sigmas, noise, denoise_mask, extra_args["model_options"])
+        tell_layouts_without_patch(model_wrap.model_patcher, model_wrap.conds)
         grid = self._grid(denoise_mask)
         if denoise_mask is not None:
+            self.say.show(share_of(grid))
             _without_noise_mask(model_wrap, noise, latent_image, extra_args.get("seed"))
         after_step = self._after_step(grid)
         for function in self.before_step:
             getattr(function, "check", lambda _: None)(grid)
-        run = Run(model_wrap, self.trajectory, extra_args["model_options"], extra_args.get("seed") or 0)
+        run = Run(model_wrap, self.trajectory, extra_args["model_options"], extra_args.get("seed") or 0, self.say)
 
         def source(k: int) -> Tensor:
             return self.trajectory.latents[first + k].to(noise)
@@ -250,7 +269,15 @@ class TrajectorySampler(comfy.samplers.Sampler):
         """The mask of this run on the latent grid: the sampler's own, or the one that the latent carries."""
         if denoise_mask is None:
             return self.grid
-        return grid_mask(_frames_of(denoise_mask), self.trajectory, self.dilation)
+        mask = _frames_of(denoise_mask)
+        together = family_of(self.trajectory.model).frame_rule[0]
+        if together > 1 and (mask.max() == 0 or not torch.equal(mask, mask[:1].expand_as(mask))):
+            raise ValueError(
+                f"mask: the latent carries a mask for each frame, or an empty one, but a latent frame of this model "
+                f"holds {together} frames of the clip, between which ComfyUI interpolates the masks; connect the mask "
+                f"to this sampler's node instead of Set Latent Noise Mask"
+            )
+        return grid_mask(mask, self.trajectory, self.dilation)
 
     def _after_step(self, grid: Tensor | None) -> list["LatentBlend"]:
         if grid is None:
@@ -287,6 +314,21 @@ def grid_mask(mask: Tensor, trajectory: Trajectory, dilation: float) -> Tensor:
     ValueError unless it has one frame or the trajectory's, and the dilation is a length.
     """
     return grid_mask_of(mask, trajectory.clean, trajectory.model, dilation)
+
+
+LARGE = 0.6
+"""Share of the clip above which a mask may be the wrong way round."""
+
+
+def share_of(grid: Tensor) -> str:
+    """What a mask (F, h, w) on the latent grid means for an edit, for a node to show."""
+    share = float(grid.float().mean())
+    if share == 0:
+        return "The mask is empty: nothing is edited, and the source clip comes back. Paint where to edit (1 = edit)."
+    if grid.min() == 1:
+        return "The mask covers the whole clip, so it has no effect."
+    turned = " Is it the wrong way round? 1 = edit, 0 = keep." if share > LARGE else ""
+    return f"The mask edits {max(1, round(100 * share))} % of the clip, dilation included.{turned}"
 
 
 def _frames_of(denoise_mask: Tensor) -> Tensor:

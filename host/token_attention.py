@@ -4,14 +4,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
+from torch.nn.functional import interpolate, pad
 
 from ..core.trajectory import Trajectory
-from .attention_tap import AttentionCall
+from .attention_call import AttentionCall
 from .families import Kind, attention_layers, select_blocks, text_kinds
 from .latents import frame_count, token_frames
+from .model_pass import show_to
 from .region_prompt import Layout, positions_in
-from .relevance_preview import show_to
+from .regional_prompts import placed_on
 
 COARSEST = 2
 """Levels up to which layers are looked at where none are chosen: coarser ones place nothing."""
@@ -20,7 +21,6 @@ COARSEST = 2
 def token_attention(
     trajectory: Trajectory,
     positive: list,
-    layout: Layout,
     words: str,
     size: tuple[int, int],
     *,
@@ -29,15 +29,15 @@ def token_attention(
     layers: str = "",
     frames: int | None = None,
 ) -> Tensor:
-    """Share of each pixel's attention that words of the layout's prompt get: (F, H, W) in [0, 1].
+    """Share of each pixel's attention that words of a regional prompt get: (F, H, W) in [0, 1].
 
     Of its attention to the prompt, or where one attention reads prompt and clip together, of all of it.
 
-    The model sees the inverted latent nearest to `percent` with the prompt `positive` of the edit; `model`: with its
-    patches, else as it was inverted. Mean over heads and over the layers chosen, blocks such as "u2-u3"; empty: the two
-    finest resolutions, or all of a transformer. frames: of the clip; None: the latent's. ValueError for words that are
-    not in the prompt, layers that the model has not, models without cross-attention, and another model than the one
-    that was inverted.
+    positive: CONDITIONING of the edit, which carries the prompt's layout. The model sees the inverted latent nearest to
+    `percent` with it; `model`: with its patches, else as it was inverted. Mean over heads and over the layers chosen,
+    blocks such as "u2-u3"; empty: the two finest resolutions, or all of a transformer. frames: of the clip; None: the
+    latent's. ValueError for words that are not in the prompt, layers that the model has not, models without
+    cross-attention, and another model than the one that was inverted.
     """
     if model is not None and not model.is_clone(trajectory.model):
         raise ValueError(
@@ -49,9 +49,10 @@ def token_attention(
     if not blocks:
         raise ValueError("trajectory: its model has no cross-attention, so no word has a place of its own in it")
     chosen = select_blocks(layers, blocks) if layers.strip() else None
-    places = positions_in(layout, words)
-    recorder = WordRecorder(tuple(places), layout.length, size, chosen, kinds)
-    show_to(recorder, trajectory, percent, model=model, positive=positive)
+    entry, placed = placed_on(positive)
+    places = tuple(placed.offset + place for place in positions_in(placed.layout, words))
+    recorder = WordRecorder(places, placed.length, size, chosen, kinds)
+    show_to(recorder, trajectory, percent, frozenset(kinds), model=model, positive=[entry])
     return recorder.attention[shown]
 
 
@@ -87,20 +88,22 @@ class WordRecorder:
         first, keys = self._text_of(call)
         if keys % self.length and not (call.run.crops_text and max(self.places) < keys < self.length):
             raise ValueError(
-                f"layout: it was made for {self.length} text tokens, the model gets {keys}; connect the CONDITIONING "
-                f"of the same Encode Regional Prompt as positive"
+                f"positive: the regional prompt has {self.length} text tokens, but attention sees {keys}; remove a "
+                f"node that changes the prompt inside the model"
             )
         share = torch.zeros_like(call.value)  # attention to what says 1 at the words and 0 elsewhere is their weight
         share[:, :, [first + place + turn for turn in range(0, keys, self.length) for place in self.places], 0] = 1
         masked = {} if call.mask is None else {"attn_mask": call.mask}
         weight = call.attend(call.query, call.key, share, scale=call.scale, **masked)[..., 0].mean(1)
         frames, height, width = call.grid
-        if call.run.patch is not None:
+        tokens = height * width if call.run.patch is None else frames * height * width
+        if call.run.patch is not None and weight.shape[1] > tokens:
             before, clip, _ = call.parts(call.query)
             weight = weight[:, before : before + clip]
+        weight = pad(weight, (call.first, tokens - call.first - weight.shape[1]))  # of some queries at a time
         maps = weight.float().cpu().view(frames, 1, height, width)
         self.total = self.total + interpolate(maps, self.size, mode="bilinear")[:, 0]
-        self.layers += 1
+        self.layers += call.first == 0
 
     def _text_of(self, call: AttentionCall) -> tuple[int, int]:
         """Where the prompt begins among the keys, and how many tokens it has."""

@@ -2,11 +2,13 @@
 
 from comfy_api.latest import io
 
-from .types import LAYOUT_TYPE, REGIONS_TYPE
+from .types import REGIONS_TYPE, show_on_node
+
+PATCH = "STE_STLayoutAttentionPatch"
 
 
 class EncodeRegionalPrompt(io.ComfyNode):
-    """CONDITIONING of a prompt and the layout of its regions (ST-Layout attention, arXiv 2502.17258)."""
+    """CONDITIONING of a prompt that carries the layout of its regions (ST-Layout attention, arXiv 2502.17258)."""
 
     @classmethod
     def define_schema(cls):
@@ -14,8 +16,8 @@ class EncodeRegionalPrompt(io.ComfyNode):
             node_id="STE_EncodeRegionalPrompt",
             display_name="Encode Regional Prompt",
             category="Spacetime Edit/ST-Layout",
-            description="Encodes a prompt like CLIP Text Encode, and finds in it the phrase of each region, so that "
-            "ST-Layout Attention Patch can keep each phrase in its region.",
+            description="Encodes a prompt like CLIP Text Encode, and finds in it the phrase of each region. The "
+            "regions travel with the conditioning, and ST-Layout Attention Patch keeps each phrase in its region.",
             search_aliases=["videograin", "st-layout", "regional prompt", "clip text encode", "layout"],
             inputs=[
                 io.Clip.Input("clip", tooltip="The text encoder of the model."),
@@ -28,8 +30,8 @@ class EncodeRegionalPrompt(io.ComfyNode):
                 REGIONS_TYPE.Input(
                     "regions",
                     optional=True,
-                    tooltip="From Region Prompt, Regions from Masks or Regions from Attention. Open: a plain prompt, "
-                    "and the patch does nothing.",
+                    tooltip="From Region Prompt, Regions from Masks or Regions from Attention. Leave unconnected for a "
+                    "plain prompt.",
                 ),
                 io.Combo.Input(
                     "mode",
@@ -50,14 +52,21 @@ class EncodeRegionalPrompt(io.ComfyNode):
             ],
             outputs=[
                 io.Conditioning.Output(
-                    display_name="conditioning", tooltip="For the positive input of the guider or sampler."
+                    display_name="conditioning",
+                    tooltip="The prompt with its regions, for any guider or sampler whose model has the ST-Layout "
+                    "Attention Patch.",
                 ),
-                LAYOUT_TYPE.Output(display_name="layout", tooltip="For ST-Layout Attention Patch."),
             ],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt],
         )
 
     @classmethod
     def execute(cls, clip, prompt, mode, splice=False, regions=()) -> io.NodeOutput:
         from ..host.region_prompt import encode_regional_prompt
 
-        return io.NodeOutput(*encode_regional_prompt(clip, prompt, regions, mode, splice or mode == "released"))
+        node, graph = (cls.hidden.unique_id, cls.hidden.prompt) if cls.hidden is not None else (None, None)
+        if regions and graph and not any(each.get("class_type") == PATCH for each in graph.values()):
+            show_on_node(cls, "There is no ST-Layout Attention Patch in this graph, so the regions do nothing.")
+        return io.NodeOutput(
+            encode_regional_prompt(clip, prompt, regions, mode, splice or mode == "released", node=node)
+        )

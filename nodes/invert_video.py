@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io, ui
 
-from .types import TRAJECTORY_TYPE, show_on_node
+from .types import TRAJECTORY_TYPE, show_on_node, text_of
 
 
 class InvertVideo(io.ComfyNode):
@@ -114,7 +114,7 @@ class InvertVideo(io.ComfyNode):
         if check_reconstruction and (to_percent or trajectory is not None):
             raise ValueError("check_reconstruction: a part of a schedule does not lead back to the clip; turn it off")
         callback = prepare_callback(model, len(sigmas) - 1)
-        part = {"to_percent": to_percent, "before": trajectory}
+        part = {"to_percent": to_percent, "before": trajectory, "say": text_of(cls)}
         trajectory = invert(
             model, positive, latent["samples"], sigmas, refinements=refinements, callback=callback, **part
         )

@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io, ui
 
-from .types import LAYOUT_TYPE, TRAJECTORY_TYPE, show_on_node, valid
+from .types import TRAJECTORY_TYPE, show_on_node, valid
 
 
 class PreviewTokenAttention(io.ComfyNode):
@@ -22,15 +22,14 @@ class PreviewTokenAttention(io.ComfyNode):
                 TRAJECTORY_TYPE.Input("trajectory", tooltip="The inverted source clip, from Invert Video."),
                 io.Image.Input("images", tooltip="The source clip, as it was encoded for Invert Video."),
                 io.Conditioning.Input("positive", tooltip="The prompt of the edit, from Encode Regional Prompt."),
-                LAYOUT_TYPE.Input("layout", tooltip="From the same Encode Regional Prompt."),
                 io.String.Input(
                     "words", default="", tooltip="Words of the prompt, just as they stand there, such as 'red circle'."
                 ),
                 io.Model.Input(
                     "model",
                     optional=True,
-                    tooltip="The model with the ST-Layout Attention Patch, for the second heat map. Open: only the "
-                    "first is shown.",
+                    tooltip="The model with the ST-Layout Attention Patch, for the second heat map. Leave "
+                    "unconnected to see the first only.",
                 ),
                 io.Float.Input(
                     "percent",
@@ -80,11 +79,10 @@ class PreviewTokenAttention(io.ComfyNode):
         return valid(parse_blocks, layers or "")
 
     @classmethod
-    def execute(
-        cls, trajectory, images, positive, layout, words, percent, opacity=0.8, layers="", model=None
-    ) -> io.NodeOutput:
+    def execute(cls, trajectory, images, positive, words, percent, opacity=0.8, layers="", model=None) -> io.NodeOutput:
         import torch
 
+        from ..host.regional_prompts import placed_on
         from ..host.relevance_preview import check_images, heat_map
         from ..host.token_attention import share_inside, token_attention
 
@@ -92,10 +90,11 @@ class PreviewTokenAttention(io.ComfyNode):
         models = {"without the patch": None} | ({} if model is None else {"with it": model})
         options = dict(percent=percent, layers=layers, frames=len(images))
         maps = [
-            token_attention(trajectory, positive, layout, words, tuple(images.shape[1:3]), model=m, **options)
+            token_attention(trajectory, positive, words, tuple(images.shape[1:3]), model=m, **options)
             for m in models.values()
         ]
         shown = heat_map(torch.cat(maps, 2), torch.cat([images[..., :3]] * len(maps), 2), opacity)
+        layout = placed_on(positive)[1].layout
         shares = [share_inside(attention, layout, words) for attention in maps]
         if shares[0] is not None:
             parts = (f"{name}: {100 * share:.0f} %" for name, share in zip(models, shares, strict=True))

@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from .types import TRAJECTORY_TYPE, goes_on_input, mask_inputs
+from .types import TRAJECTORY_TYPE, goes_on_input, mask_inputs, show_share, text_of
 
 
 class SampleFromTrajectory(io.ComfyNode):
@@ -23,6 +23,7 @@ class SampleFromTrajectory(io.ComfyNode):
                 goes_on_input(),
             ],
             outputs=[io.Sampler.Output(display_name="sampler", tooltip="Connect it to SamplerCustomAdvanced.")],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -30,4 +31,6 @@ class SampleFromTrajectory(io.ComfyNode):
         from ..host.sampling import TrajectorySampler
 
         where = {"mask": mask, "dilation": dilation, "blend_source": blend}
-        return io.NodeOutput(TrajectorySampler(trajectory, goes_on=goes_on, **where))
+        sampler = TrajectorySampler(trajectory, goes_on=goes_on, say=text_of(cls), **where)
+        show_share(cls, sampler)
+        return io.NodeOutput(sampler)

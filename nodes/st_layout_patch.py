@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from .types import LAYOUT_TYPE, valid, valid_window
+from .types import text_of, valid, valid_window
 
 
 class STLayoutAttentionPatch(io.ComfyNode):
@@ -14,15 +14,12 @@ class STLayoutAttentionPatch(io.ComfyNode):
             node_id="STE_STLayoutAttentionPatch",
             display_name="ST-Layout Attention Patch",
             category="Spacetime Edit/ST-Layout",
-            description="Patches the attention of a model so that each phrase of the prompt stays in its region and "
-            "each region holds together over the frames. Several regions in one pass, without training and without "
-            "further weights.",
+            description="Patches the attention of a model so that each phrase of a regional prompt stays in its region "
+            "and each region holds together over the frames. Several regions in one pass, without training and without "
+            "further weights. The regions come with the conditioning of Encode Regional Prompt.",
             search_aliases=["videograin", "st-modulator", "st-layout", "regional attention", "multi-grained editing"],
             inputs=[
                 io.Model.Input("model", tooltip="The video model. The patch is on a copy; the model stays as it is."),
-                LAYOUT_TYPE.Input(
-                    "layout", tooltip="From the Encode Regional Prompt whose prompt is the positive one."
-                ),
                 io.Float.Input(
                     "cross_strength",
                     default=1.0,
@@ -77,7 +74,13 @@ class STLayoutAttentionPatch(io.ComfyNode):
                     "passes from one region to another. Not part of the method.",
                 ),
             ],
-            outputs=[io.Model.Output(display_name="model", tooltip="For the guider or sampler of the edit.")],
+            outputs=[
+                io.Model.Output(
+                    display_name="model",
+                    tooltip="For the guider or sampler of the edit, with the conditioning of Encode Regional Prompt.",
+                )
+            ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -88,10 +91,9 @@ class STLayoutAttentionPatch(io.ComfyNode):
         return window if window is not True else valid(parse_levels, levels or "")
 
     @classmethod
-    def execute(cls, model, layout, start_percent, end_percent, levels="", **strengths) -> io.NodeOutput:
+    def execute(cls, model, start_percent, end_percent, levels="", **strengths) -> io.NodeOutput:
         from ..host.region_patch import RegionModulation, parse_levels, patch_regions
 
-        modulation = RegionModulation(
-            layout, start=start_percent, end=end_percent, levels=parse_levels(levels), **strengths
-        )
+        window = {"start": start_percent, "end": end_percent}
+        modulation = RegionModulation(**window, levels=parse_levels(levels), say=text_of(cls), **strengths)
         return io.NodeOutput(patch_regions(model, modulation))

@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from .types import SCORE_TYPE, goes_on_input, mask_inputs, valid_window
+from .types import SCORE_TYPE, goes_on_input, mask_inputs, show_share, text_of, valid_window
 
 
 class STRLatentOptimizer(io.ComfyNode):
@@ -88,6 +88,7 @@ class STRLatentOptimizer(io.ComfyNode):
                 goes_on_input(),
             ],
             outputs=[io.Sampler.Output(display_name="sampler", tooltip="Connect it to SamplerCustomAdvanced.")],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -117,5 +118,7 @@ class STRLatentOptimizer(io.ComfyNode):
         if goes_on:  # the first model has drawn the new noise
             before_step = [matching]
         where = {"mask": mask, "dilation": dilation, "blend_source": blend}
-        sampler = TrajectorySampler(score.trajectory, before_step=before_step, goes_on=goes_on, **where)
+        options = {"before_step": before_step, "goes_on": goes_on, "say": text_of(cls)}
+        sampler = TrajectorySampler(score.trajectory, **options, **where)
+        show_share(cls, sampler)
         return io.NodeOutput(sampler)

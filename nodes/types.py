@@ -1,13 +1,18 @@
 """Socket types of the pack and the inputs that several nodes share."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from comfy_api.latest import io
+
+if TYPE_CHECKING:
+    from ..host.node_text import NodeText
 
 TRAJECTORY_TYPE = io.Custom("STE_TRAJECTORY")
 SCORE_TYPE = io.Custom("STE_SCORE")
 REGIONS_TYPE = io.Custom("STE_REGIONS")
-LAYOUT_TYPE = io.Custom("STE_LAYOUT")
 FLOW_TYPE = io.Custom("STE_FLOW")
 RAFT_TYPE = io.Custom("OPTICAL_FLOW")
 """The host's flow model."""
@@ -112,12 +117,24 @@ def weight_dtype_input() -> io.Combo.Input:
     )
 
 
+def text_of(node) -> NodeText:
+    """What shows messages under the widgets of the running node, which must have the hidden input unique_id."""
+    from ..host.node_text import NodeText
+
+    return NodeText(None if node.hidden is None else node.hidden.unique_id)
+
+
 def show_on_node(node, text: str) -> None:
     """Writes `text` under the widgets of the running node, where there is a server and a graph to show it."""
-    from server import PromptServer
+    text_of(node).show(text)
 
-    if node.hidden is not None and node.hidden.unique_id:
-        PromptServer.instance.send_progress_text(text, node.hidden.unique_id)
+
+def show_share(node, sampler) -> None:
+    """Writes on the node of a sampler what share of the clip its mask edits."""
+    from ..host.sampling import share_of
+
+    if sampler.grid is not None:
+        show_on_node(node, share_of(sampler.grid))
 
 
 def valid(check: Callable, *args, **kwargs) -> bool | str:

@@ -3,7 +3,7 @@
 from comfy_api.latest import io, ui
 
 from .charts import Line, line_chart
-from .types import valid
+from .types import text_of, valid
 
 
 class VideoDDSOptimize(io.ComfyNode):
@@ -144,6 +144,7 @@ class VideoDDSOptimize(io.ComfyNode):
                 io.Latent.Output(display_name="latent", tooltip="The edited clip, for VAE Decode."),
                 io.Image.Output(display_name="curves", tooltip="The losses over the steps, 768 x 432 pixels."),
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -208,6 +209,7 @@ class VideoDDSOptimize(io.ComfyNode):
             mask=carried if mask is None else mask,
             dilation=dilation,
             callback=callback,
+            say=text_of(cls),
         )
         chart = loss_chart(curve)
         return io.NodeOutput({**latent, "samples": samples}, chart, ui=ui.PreviewImage(chart, cls=cls))

@@ -50,7 +50,7 @@ class HostAttention:
         options[CALL] = {**options.get(CALL, {}), "path": self.path, "kind": self.kind}
         source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         if self.kind == "cross":
-            source = options[CALL].get("context", source)
+            source = _of_frames(source, options[CALL])
         query, key, value = attn.to_q(hidden_states), attn.to_k(source), attn.to_v(source)
         precision = torch.float32 if attn.upcast_attention else None
         attention = comfy.ldm.modules.attention
@@ -58,6 +58,15 @@ class HostAttention:
             query, key, value, attn.heads, attn_precision=precision, transformer_options=options
         )
         return attn.to_out[1](attn.to_out[0](out))
+
+
+def _of_frames(prompts: torch.Tensor, call: dict) -> torch.Tensor:
+    """The prompts [clips F,L,C] that attention reads: diffusers repeats that of a clip's first frame, so where frames
+    have prompts of their own, those; a prompt that another pack has brought along as it is."""
+    context, frames = call.get("context"), call.get("frames", 1)
+    if context is None or context.shape != prompts.shape or not torch.equal(prompts[::frames], context[::frames]):
+        return prompts
+    return context
 
 
 class FramesInBatch:
@@ -93,7 +102,9 @@ class FramesInBatch:
         options = {} if transformer_options is None else transformer_options
         frames = clip_length(x.shape[0], options)
         clips = x.shape[0] // frames
-        options[CALL] = {"frames": frames, "clips": clips, "hw": tuple(x.shape[-2:]), "context": context}
+        options[CALL] = {"frames": frames, "clips": clips, "hw": tuple(x.shape[-2:])}
+        if not torch.equal(context, context[::frames].repeat_interleave(frames, 0)):
+            options[CALL]["context"] = context
         times = timestep.expand(x.shape[0])[::frames]
         self.__dict__["_compute_dtype"] = x.dtype
         try:

@@ -9,7 +9,8 @@ from spacetime_edit.host.attention_tap import AttentionTap
 from spacetime_edit.host.distillation import MOTION, RELEVANCE, SPATIAL, TEMPORAL
 from spacetime_edit.host.families import IN_SPACE, family_of, noise_space
 from spacetime_edit.host.features import FeatureRecorder
-from spacetime_edit.host.gradients import latent_gradients, normal_tensor, predict
+from spacetime_edit.host.gradients import latent_gradients, normal_tensor
+from spacetime_edit.host.model_pass import call_model
 from spacetime_edit.tests.host import support
 
 UNIT = 0.035 / 0.4  # of the step size
@@ -28,7 +29,8 @@ class Recorded:
     def __call__(self, call):
         self._recorder(call)
         if call.kind in IN_SPACE and call.layer.block in self.blocks:
-            self.keys[call.layer.path] = call.of_clip(call.key).transpose(1, 2).flatten(2)
+            per_frame = call.per_frame
+            self.keys[call.layer.path] = per_frame.of_clip(per_frame.key).transpose(1, 2).flatten(2)
 
     def losses(self, source, names):
         """By name, against another record."""
@@ -85,15 +87,14 @@ class Regularisers:
             base, options = guider.inner_model, extra_args["model_options"]
             x, held = x.to(base.get_dtype_inference()), Recorded(self._blocks)
             tap = AttentionTap(self._model, [held], differentiable=True)
-            sigmas = sigma * x.new_ones(len(x))
-            predict(base, self._source.to(x), sigmas, guider.conds["negative"][0], tap.install(options))
+            call_model(base, guider.conds["negative"], self._source.to(x), sigma, options, tap=tap, source=True)
             return function(base, x, sigma, guider.conds["positive"][0], options, held.normal())
 
         return support.at_one_sigma(guider, target, at, self._sigma)
 
     def _plain_losses(self, base, x, sigma, cond, options, held):
         seen = Recorded(self._blocks)
-        predict(base, x, sigma * x.new_ones(len(x)), cond, AttentionTap(self._model, [seen]).install(options))
+        call_model(base, [cond], x, sigma, options, tap=AttentionTap(self._model, [seen]))
         return {name: float(loss) for name, loss in seen.losses(held, self._of_model).items()}
 
     def _gradients(self, base, x, sigma, cond, options, held):
@@ -105,7 +106,8 @@ class Regularisers:
             sigma,
             cond,
             lambda _: seen.losses(held, self._of_model),
-            model_options=tap.install(options),
+            model_options=options,
+            tap=tap,
             mutates=family_of(self._model).mutates,
         )
         return {name: gradient for name, (_, gradient) in found.items()}
@@ -125,18 +127,23 @@ def whole(latent, function):
     return function(latent, lambda t: t)
 
 
-def windows(dim, *indices):
-    """How overlapping windows of four frames are blended, by the host's pyramid of weights."""
+def windows(dim, *indices, anchored=False):
+    """How overlapping windows of four frames are blended, by the host's pyramid of weights.
+
+    anchored: a window sees the frame before it, too.
+    """
 
     def blended(latent, function):
         weights, total, counts = torch.tensor([1.0, 2.0, 2.0, 1.0]), {}, torch.zeros(latent.shape[dim])
         shape = [-1 if i == dim else 1 for i in range(latent.ndim)]
-        for frames in map(torch.tensor, indices):
+        for own in indices:
+            before = [own[0] - 1] if anchored and own[0] > 0 else []
+            frames, shown = torch.tensor(own), torch.tensor([*before, *own])
             counts[frames] += weights
-            part = function(latent.index_select(dim, frames), lambda t, f=frames: t.index_select(dim, f))
+            part = function(latent.index_select(dim, shown), lambda t, f=shown: t.index_select(dim, f))
             for name, value in part.items():
                 seen = total.setdefault(name, torch.zeros_like(latent))
-                seen.index_add_(dim, frames, value * weights.view(shape))
+                seen.index_add_(dim, frames, value.narrow(dim, len(before), len(own)) * weights.view(shape))
         return {name: value / counts.view(shape) for name, value in total.items()}
 
     return blended

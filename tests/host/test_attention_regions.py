@@ -6,9 +6,9 @@ from spacetime_edit.core.regions import Region
 from spacetime_edit.host.attention_regions import regions_from_attention
 from spacetime_edit.host.inversion import invert
 from spacetime_edit.host.loaders.example_clips import clip_names, load_clip
+from spacetime_edit.host.model_pass import show_to
 from spacetime_edit.host.region_patch import RegionModulation, patch_regions
-from spacetime_edit.host.region_prompt import Layout, encode_regional_prompt, positions_in
-from spacetime_edit.host.relevance_preview import show_to
+from spacetime_edit.host.region_prompt import LAYOUT, encode_regional_prompt, positions_in
 from spacetime_edit.host.token_attention import share_inside, token_attention
 from spacetime_edit.tests.host import support
 
@@ -74,26 +74,25 @@ def edit(tiny, clip):
 
 def test_attention_to_words_is_the_softmaxs_own(tiny, trajectory, edit):
     """Against the weights written out from the queries and keys of the same run."""
-    positive, layout = edit
-    found = token_attention(trajectory, positive, layout, "blue triangle", (16, 16), percent=0.2, layers="d0,u5")
+    found = token_attention(trajectory, edit, "blue triangle", (16, 16), percent=0.2, layers="d0,u5")
     calls = []
-    show_to(lambda call: calls.append(call), trajectory, 0.2, positive=positive)
+    show_to(lambda call: calls.append(call), trajectory, 0.2, frozenset({"cross"}), positive=edit)
     maps = []
     for call in calls:
         if call.kind == "cross" and call.layer.block in ("d0", "u5"):
             weights = (call.query.double() @ call.key.double().mT * call.scale).softmax(-1)
-            maps.append(weights[..., positions_in(layout, "blue triangle")].sum(-1).mean(1).view(-1, 16, 16))
+            maps.append(
+                weights[..., positions_in(edit[0][1][LAYOUT], "blue triangle")].sum(-1).mean(1).view(-1, 16, 16)
+            )
     assert len(maps) == 2 and torch.allclose(found.double(), torch.stack(maps).mean(0), atol=1e-5)
 
 
 def test_the_patch_moves_words_into_their_region(tiny, trajectory, edit):
-    positive, layout = edit
-    patched = patch_regions(tiny.model, RegionModulation(layout, cross_strength=3.0, end=0.6))
+    layout = edit[0][1][LAYOUT]
+    patched = patch_regions(tiny.model, RegionModulation(cross_strength=3.0, end=0.6))
     for words in ("a blue triangle", "yellow circle"):
         plain, moved = (
-            share_inside(
-                token_attention(trajectory, positive, layout, words, (64, 64), percent=0.1, model=model), layout, words
-            )
+            share_inside(token_attention(trajectory, edit, words, (64, 64), percent=0.1, model=model), layout, words)
             for model in (None, patched)
         )
         assert moved > plain + 0.1
@@ -102,23 +101,56 @@ def test_the_patch_moves_words_into_their_region(tiny, trajectory, edit):
 
 def test_a_repeated_prompt_counts_every_turn(tiny, trajectory, edit):
     """The host repeats a prompt to the length of another; the words then stand at several places."""
-    positive, layout = edit
-    twice = [[torch.cat([tensor, tensor], 1), settings] for tensor, settings in positive]
+    twice = with_prompt_inside(tiny.model, lambda prompt: torch.cat([prompt, prompt], 1))
     once, both = (
-        token_attention(trajectory, p, layout, "yellow", (16, 16), percent=0.2, layers="d0") for p in (positive, twice)
+        token_attention(trajectory, edit, "yellow", (16, 16), percent=0.2, layers="d0", model=model)
+        for model in (None, twice)
     )
     assert torch.allclose(once, both, atol=1e-5)
 
 
+def test_of_a_longer_prompt_the_words_of_the_regional_one_count(trajectory, edit):
+    """As Conditioning (Concat) makes it: twice the same words, which share the attention, before it and behind it."""
+    ((tensor, about),) = edit
+    once, first, both = (
+        token_attention(trajectory, p, "yellow", (16, 16), percent=0.2, layers="d0")
+        for p in (edit, [[torch.cat([tensor, tensor], 1), about]], [[torch.cat([0 * tensor, tensor], 1), about]])
+    )
+    assert torch.allclose(once, 2 * first, atol=1e-5)
+    assert 0 < float(both.mean()) < float(once.mean())
+
+
+def with_prompt_inside(model, change):
+    """A clone to which the prompt comes changed, as other packs' wrappers do it."""
+
+    def wrapper(executor, x, t, c_concat, c_crossattn, *args, **kwargs):
+        return executor(x, t, c_concat, change(c_crossattn), *args, **kwargs)
+
+    changed = model.clone()
+    changed.add_wrapper_with_key("apply_model", "test", wrapper)
+    return changed
+
+
 def test_words_that_are_not_there_are_refused(trajectory, edit):
-    positive, layout = edit
     with pytest.raises(ValueError, match="phrase 'purple' in the prompt 'a blue triangle"):
-        token_attention(trajectory, positive, layout, "purple", (16, 16), percent=0.2)
-    shorter = Layout(layout.prompt, (), (), layout.length - 1, "paper", layout.words, layout.tokenize)
-    with pytest.raises(ValueError, match="connect the CONDITIONING of the same Encode Regional Prompt"):
-        token_attention(trajectory, positive, shorter, "yellow", (16, 16), percent=0.2)
+        token_attention(trajectory, edit, "purple", (16, 16), percent=0.2)
+
+
+def test_prompts_whose_words_have_no_known_place_are_refused(tiny, trajectory, edit):
+    ask = lambda positive, **options: token_attention(  # noqa: E731
+        trajectory, positive, "yellow", (16, 16), percent=0.2, **options
+    )
+    shorter = with_prompt_inside(tiny.model, lambda prompt: prompt[:, :-1])
+    with pytest.raises(
+        ValueError, match=r"positive: the regional prompt has (\d+) text tokens, but attention sees \d+;"
+    ):
+        ask(edit, model=shorter)
+    with pytest.raises(ValueError, match="positive: it carries no regional prompt; connect"):
+        ask(support.encode(tiny, PROMPT))
+    with pytest.raises(ValueError, match="positive: the regional prompt .* was changed after Encode Regional Prompt"):
+        ask([[1.01 * edit[0][0], edit[0][1]]])
 
 
 def test_another_model_than_the_inverted_one_is_refused(trajectory, edit):
     with pytest.raises(ValueError, match="model: it is not the one that was inverted"):
-        token_attention(trajectory, *edit, "yellow", (16, 16), percent=0.2, model=support.sd15_model())
+        token_attention(trajectory, edit, "yellow", (16, 16), percent=0.2, model=support.sd15_model())

@@ -8,7 +8,7 @@ from comfy.patcher_extension import WrappersMP
 from spacetime_edit.host.attention_tap import AttentionTap, EnoughSeen, until_enough_seen
 from spacetime_edit.host.families import attention_layers, select_blocks
 from spacetime_edit.host.features import FeatureRecorder
-from spacetime_edit.host.gradients import predict
+from spacetime_edit.host.model_pass import call_model
 from spacetime_edit.tests.host import support
 
 FRAMES, SIDE = 3, 8
@@ -192,9 +192,10 @@ def test_hooks_of_other_packs_are_called_as_often_as_without(subject):
 
 
 def test_installing_works_on_a_copy(tiny):
+    """And only a wrapper is in it: an override would be lost where a later node puts its own into the slot."""
     before = support.Untouched(tiny.model)
-    options = AttentionTap(tiny.model, []).install(tiny.model.model_options)
-    assert "optimized_attention_override" in options["transformer_options"]
+    inner = AttentionTap(tiny.model, []).install(tiny.model.model_options)["transformer_options"]
+    assert len(inner["wrappers"][WrappersMP.APPLY_MODEL]) == 1 and "optimized_attention_override" not in inner
     assert before.changed() == []
 
 
@@ -321,9 +322,7 @@ def recorded(tiny, latent, blocks=None, last=None):
     tap = AttentionTap(tiny.model, [features])
 
     def run(guider, x, sigma, extra_args):
-        options = tap.install(extra_args["model_options"])
-        sigmas = sigma * x.new_ones(x.shape[0])
-        return until_enough_seen(lambda: predict(guider.inner_model, x, sigmas, guider.conds["positive"][0], options))
+        return call_model(guider.inner_model, guider.conds["positive"], x, sigma, extra_args["model_options"], tap=tap)
 
     try:
         result = support.at_one_sigma(support.guider_of(tiny.model, support.encode(tiny)), latent, run)

@@ -8,8 +8,9 @@ from spacetime_edit.host.attention_tap import AttentionTap
 from spacetime_edit.host.checkpointing import checkpointed
 from spacetime_edit.host.families import attention_layers, family_of
 from spacetime_edit.host.features import FeatureRecorder
-from spacetime_edit.host.gradients import latent_gradient, normal_tensor, predict
+from spacetime_edit.host.gradients import latent_gradient, normal_tensor
 from spacetime_edit.host.memory import small_tile
+from spacetime_edit.host.model_pass import call_model
 from spacetime_edit.host.region_patch import RegionModulation, patch_regions
 from spacetime_edit.host.region_prompt import encode_regional_prompt
 from spacetime_edit.tests.host import support
@@ -32,8 +33,8 @@ def gradient(model, positive, latent, source=None, *, checkpoint, output=False, 
         base, cond, options = guider.inner_model, guider.conds["positive"][0], extra_args["model_options"]
         x, given = x.to(base.get_dtype_inference()), FeatureRecorder(blocks)
         if source is not None:
-            tap = AttentionTap(model, [given], differentiable=True).install(options)
-            predict(base, source.to(x), sigma * x.new_ones(len(x)), cond, tap)
+            tap = AttentionTap(model, [given], differentiable=True)
+            call_model(base, [cond], source.to(x), sigma, options, tap=tap)
         held = {path: f.map(normal_tensor) for path, f in given.features.items()}
         recorder = FeatureRecorder(blocks, None if output or not held else list(held)[-1])
         tap = AttentionTap(model, [recorder], differentiable=True)
@@ -44,9 +45,8 @@ def gradient(model, positive, latent, source=None, *, checkpoint, output=False, 
             return value + torch.tanh(denoised).double().mean() if output else value
 
         def compute():
-            return latent_gradient(
-                base, x, sigma, cond, loss, model_options=tap.install(options), mutates=family_of(model).mutates
-            )
+            mutates = family_of(model).mutates
+            return latent_gradient(base, x, sigma, cond, loss, model_options=options, tap=tap, mutates=mutates)
 
         with PeakMemory() as peak:
             if not checkpoint:
@@ -89,9 +89,9 @@ def test_the_gradient_is_the_one_without_where_regions_modulate(tiny64, output):
         masks[0, :, :, :32], masks[1, :, :, 32:] = 1, 1
         prompt = "a red circle on the left and a green square on the right, gray background"
         regions = [Region(phrase, m) for phrase, m in zip(("red circle", "green square"), masks, strict=True)]
-        positive, layout = encode_regional_prompt(tiny64.clip, prompt, regions)
+        positive = encode_regional_prompt(tiny64.clip, prompt, regions)
         settings = {"cross_strength": 3.0, "self_strength": 3.0, "temporal_strength": 1.0, "end": 1.0}
-        patched = patch_regions(tiny64.model, RegionModulation(layout, **settings))
+        patched = patch_regions(tiny64.model, RegionModulation(**settings))
         error, _ = compare(patched, positive, clip(0), clip(1), output=output)
         plain = gradient(tiny64.model, positive, clip(0), clip(1), checkpoint=False, output=output)[1]
         modulated = gradient(patched, positive, clip(0), clip(1), checkpoint=False, output=output)[1]

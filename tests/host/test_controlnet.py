@@ -12,7 +12,7 @@ from spacetime_edit.host.gradients import latent_gradient
 from spacetime_edit.host.inflation import inflate_attention
 from spacetime_edit.host.inversion import invert
 from spacetime_edit.host.region_patch import RegionModulation, patch_regions
-from spacetime_edit.host.region_prompt import Layout
+from spacetime_edit.host.region_prompt import Layout, with_layout
 from spacetime_edit.host.sampling import TrajectorySampler
 from spacetime_edit.tests.host import support
 
@@ -47,8 +47,8 @@ def latent(frames=FRAMES):
 
 
 def conditioned(net, images, strength=1.0):
-    """(positive, negative) with the net, as its node makes them."""
-    pair = support.sd15_conditioning(), support.sd15_conditioning(1)
+    """(positive with regions, negative) with the net, as its node makes them."""
+    pair = with_layout(support.sd15_conditioning(), layout()), support.sd15_conditioning(1)
     return nodes.ControlNetApplyAdvanced().apply_controlnet(*pair, net, images, strength, 0.0, 1.0)
 
 
@@ -60,7 +60,7 @@ def layout():
 
 def edited(model, **strengths):
     settings = {"cross_strength": 2.0, "self_strength": 2.0, "end": 1.0}
-    return patch_regions(inflate_attention(model, Inflation()), RegionModulation(layout(), **settings | strengths))
+    return patch_regions(inflate_attention(model, Inflation()), RegionModulation(**settings | strengths))
 
 
 def predicted(model, pair, x=None, cfg=3.0):
@@ -117,7 +117,7 @@ def test_each_frame_has_its_own_hint(sd15, net):
 
 def test_strength_zero_changes_no_bit(sd15, net):
     pair = conditioned(net, hints())
-    neutral = patch_regions(sd15, RegionModulation(layout(), 0.0, 0.0, end=1.0))
+    neutral = patch_regions(sd15, RegionModulation(0.0, 0.0, end=1.0))
     assert torch.equal(predicted(neutral, pair), predicted(sd15, pair))
 
 

@@ -217,19 +217,74 @@ def test_keys_are_those_of_the_way_up_where_none_are_named(tiny):
 # --- what it refuses, and who it asks -----------------------------------
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda prompt: [*prompt, *prompt], "positive: it holds 2 prompts, and Video DDS takes one"),
-        (lambda prompt: [[prompt[0][0], {"mask": torch.ones(1, 8, 8)}]], r"holds for a part only \(mask\)"),
-        (lambda prompt: [[prompt[0][0], {"area": (4, 4, 0, 0)}]], r"holds for a part only \(area\)"),
-        (lambda prompt: [[prompt[0][0], {"start_percent": 0.5, "end_percent": 1.0}]], r"part only \(start_percent\)"),
+def part_of(prompt, **about):
+    return [[embedding, settings | about] for embedding, settings in prompt]
+
+
+PARTS = {
+    "two for all": lambda a, b: [*a, *b],
+    "one for an area": lambda a, b: [*part_of(b, area=(4, 4, 0, 2)), *a],
+    "one for a mask": lambda a, b: [*a, *part_of(b, mask=torch.eye(SIDE)[None])],
+    "one mask": lambda a, b: part_of(a, mask=torch.eye(SIDE)[None]),
+    "two for some time each": lambda a, b: [
+        *part_of(a, start_percent=0.0, end_percent=0.5),
+        *part_of(b, start_percent=0.5, end_percent=1.0),
     ],
+}
+
+
+@pytest.mark.parametrize("make", PARTS.values(), ids=PARTS)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_step_of_prompts_for_parts_is_that_of_the_guiders_own_predictions(tiny, make, seed):
+    """Of all conditionings together, as the host combines them; with regularisers too, whose gradients are 0 here."""
+    settings = settings_of(tiny.model, steps=1)
+    ((sigma, noise),) = plain_distillation.drawn(tiny.model, settings, clip().shape, seed)
+    a, s = noise_space(tiny.model).signal_and_noise(sigma)
+    source, edit, negative = prompts(tiny)
+    others = (support.encode(tiny, f"a {thing} on a white background") for thing in ("green triangle", "circle", "dog"))
+    given = [make(*pair) for pair in zip((source, edit, negative), others, strict=True)]
+    latent = tiny.model.model.process_latent_in(clip())
+    missed = [
+        latent - support.prediction(tiny.model, prompt, a * latent + s * noise, given[2], 3.0, sigma)
+        for prompt in (given[1], given[0])
+    ]
+    step = settings.step_size * plain_distillation.UNIT * (a / s) * (missed[0] - missed[1])
+    for options in ({"weights": {}}, {"weights": {SPATIAL: 0.3, TEMPORAL: 0.1}, "branch": "negative"}):
+        settings = settings_of(tiny.model, steps=1, **options)
+        moved, _ = optimise(tiny.model, *given, clip(), settings, seed=seed)
+        assert support.relative(latent - tiny.model.model.process_latent_in(moved), step) < 1e-3
+
+
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_gradients_are_those_of_the_first_conditioning_for_the_whole_frame(tiny, low_memory):
+    source, edit, negative = prompts(tiny)
+    beside = part_of(support.encode(tiny, "a green triangle"), area=(4, 4, 0, 2))
+
+    def pull(*given):
+        options = dict(steps=1, balanced=False, low_memory=low_memory)
+        free, pulled = (
+            optimise(tiny.model, *given, clip(), settings_of(tiny.model, weights=weights, **options), seed=0)[0]
+            for weights in ({}, {SPATIAL: LARGE[SPATIAL]})
+        )
+        return pulled - free
+
+    alone = pull(source, edit, negative)
+    assert alone.norm() > 0
+    assert support.relative(pull([*beside, *source], [*beside, *edit], negative), alone) < 1e-3
+
+
+@pytest.mark.parametrize(
+    "about",
+    [{"area": (4, 4, 0, 0)}, {"start_percent": 0.5, "end_percent": 1.0}, {"start_percent": 0.0, "end_percent": 0.9}],
 )
-def test_a_prompt_for_a_part_is_refused(tiny, change, message):
-    source, target, negative = prompts(tiny)
-    with pytest.raises(ValueError, match=message):
-        optimise(tiny.model, source, change(target), negative, clip(), settings_of(tiny.model), seed=0)
+@pytest.mark.parametrize("place", range(3), ids=["source_positive", "positive", "negative"])
+def test_a_prompt_that_leaves_the_frame_or_a_time_open_is_refused_before_the_first_step(tiny, about, place):
+    given, counter = list(prompts(tiny)), support.CallCounter(tiny.model)
+    given[place] = part_of(given[place], **about)
+    name = ("source_positive", "positive", "negative")[place]
+    with pytest.raises(ValueError, match=f"^{name}: no conditioning covers the whole frame at sigma"):
+        optimise(counter.model, *given, clip(), settings_of(tiny.model), seed=0)
+    assert counter.calls == 0
 
 
 def test_a_prompt_for_all_noise_levels_is_taken(tiny):

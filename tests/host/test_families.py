@@ -12,6 +12,7 @@ import pytest
 import torch
 from comfy.context_windows import (
     IndexListContextHandler,
+    IndexListContextWindow,
     get_matching_context_schedule,
     get_matching_fuse_method,
 )
@@ -34,14 +35,15 @@ from spacetime_edit.host.distillation import (
 )
 from spacetime_edit.host.families import attention_layers, family_of, noise_space
 from spacetime_edit.host.features import FeatureRecorder
-from spacetime_edit.host.gradients import latent_gradient, normal_tensor, predict
+from spacetime_edit.host.gradients import latent_gradient, normal_tensor
 from spacetime_edit.host.inflation import inflation_of
 from spacetime_edit.host.inversion import invert
 from spacetime_edit.host.memory import ActivationMeter
+from spacetime_edit.host.model_pass import call_model, show_to
 from spacetime_edit.host.region_patch import RegionModulation, patch_regions
-from spacetime_edit.host.region_prompt import Layout
+from spacetime_edit.host.region_prompt import LAYOUT, Layout, with_layout
 from spacetime_edit.host.relevance_matching import RelevanceMatching, str_score_of
-from spacetime_edit.host.relevance_preview import check_images, relevance_of, show_to
+from spacetime_edit.host.relevance_preview import check_images, relevance_of
 from spacetime_edit.host.sampling import TrajectorySampler
 from spacetime_edit.host.token_attention import share_inside, token_attention
 from spacetime_edit.host.trajectory_files import save_trajectory
@@ -110,6 +112,11 @@ def halves(family):
     return Layout("a prompt", (Region("a", left), Region("b", 1 - left)), places, family.words)
 
 
+def regional(family, layout=None, seed=0):
+    """The prompt of this seed with a layout, by default `halves`."""
+    return with_layout(family.conditioning(seed), layout or halves(family))
+
+
 # --- what the tap sees --------------------------------------------------
 
 
@@ -134,10 +141,12 @@ def test_every_attention_is_classified(family, model):
         assert len(call.rows) == call.query.shape[0]
         if not family.patched:
             assert call.grid[1:] in [tuple(side // 2**k for side in family.grid[1:]) for k in range(3)]
-            places, prompts = call.grid[1] * call.grid[2], len(call.rows) // 2
+            alone, places = call.per_frame, call.grid[1] * call.grid[2]
             of_kind = {"spatial": (places, places), "cross": (places, family.words), "temporal": (call.grid[0],) * 2}
-            assert (call.query.shape[2], call.key.shape[2]) == of_kind[call.kind]
-            assert prompts == (places if call.kind == "temporal" else call.grid[0])
+            assert (alone.query.shape[2], alone.key.shape[2]) == of_kind[call.kind]
+            assert len(alone.rows) == 2 * (places if call.kind == "temporal" else call.grid[0])
+            over = call.grid[0] if call.kind == "spatial" and inflation_of(model) is not None else 1
+            assert (call.query.shape[2], call.key.shape[2]) == tuple(over * n for n in of_kind[call.kind])
             continue
         assert call.grid == family.grid
         frames, height, width = family.grid
@@ -178,10 +187,9 @@ def test_query_key_and_value_are_what_attention_gets(family, model):
     """Attention written out from them gives the same prediction: they are past norms and rotation."""
 
     def own(call):
-        wide = call.over_frames()
-        logits = wide.query.double() @ wide.key.double().mT * wide.scale
-        logits = logits if wide.mask is None else logits + wide.mask.double()
-        return call.by_frame((logits.softmax(-1) @ wide.value.double()).to(wide.query))
+        logits = call.query.double() @ call.key.double().mT * call.scale
+        logits = logits if call.mask is None else logits + call.mask.double()
+        return (logits.softmax(-1) @ call.value.double()).to(call.query)
 
     plain, replaced, absent = (
         predicted(model, family, options=AttentionTap(model, listeners).install)
@@ -214,8 +222,8 @@ def test_others_are_called_as_often_as_without_us(family, model):
     inflated = family_of(model).patched is None and inflation_of(model) is not None
     assert seen == alone or inflated and seen["wrapper"] == alone["wrapper"]
     seen.update(override=0, wrapper=0)
-    patched = patch_regions(foreign, RegionModulation(halves(family), end=1.0))
-    predicted(patched, family)
+    patched = patch_regions(foreign, RegionModulation(end=1.0))
+    predicted(patched, family, regional(family))
     assert seen["wrapper"] == alone["wrapper"] and seen["override"] >= alone["override"]
     assert alone["override"] >= family.calls - family.hidden
 
@@ -234,7 +242,7 @@ def test_a_replaced_attention_is_called_as_often_as_without_us(family, model):
     foreign.set_model_attn2_replace(replace, "middle", 0)
     predicted(foreign, family)
     alone = len(seen)
-    predicted(patch_regions(foreign, RegionModulation(halves(family), end=1.0)), family)
+    predicted(patch_regions(foreign, RegionModulation(end=1.0)), family, regional(family))
     assert alone > 0 and len(seen) == 2 * alone
 
 
@@ -248,10 +256,8 @@ def gradient(model, family, clip, *, low_memory=False, source_seed=7, only_loss=
     def at(guider, x, sigma, extra_args):
         base, cond, options = guider.inner_model, guider.conds["positive"][0], extra_args["model_options"]
         given = FeatureRecorder(recorder_blocks)
-        predict(
-            base, family.clip(source_seed), sigma * x.new_ones(len(x)), cond,
-            AttentionTap(model, [given], differentiable=True).install(options),
-        )  # fmt: skip
+        tap = AttentionTap(model, [given], differentiable=True)
+        call_model(base, [cond], family.clip(source_seed), sigma, options, tap=tap)
         source = {path: f.map(normal_tensor) for path, f in given.features.items()}
         recorder = FeatureRecorder(recorder_blocks)
         tap = AttentionTap(model, [recorder], differentiable=True)
@@ -261,9 +267,9 @@ def gradient(model, family, clip, *, low_memory=False, source_seed=7, only_loss=
             return matched + torch.tanh(denoised).double().square().mean()
 
         if only_loss:
-            return loss(predict(base, x, sigma * x.new_ones(len(x)), cond, tap.install(options))), None
+            return loss(call_model(base, [cond], x, sigma, options, tap=tap)), None
         blocks = checkpointed(base.diffusion_model, family_of(model), tap, recorder)
-        given = dict(model_options=tap.install(options), mutates=family_of(model).mutates)
+        given = dict(model_options=options, tap=tap, mutates=family_of(model).mutates)
         if not low_memory:
             return latent_gradient(base, x, sigma, cond, loss, **given)
         with blocks:
@@ -365,9 +371,9 @@ def test_predicted_memory_is_what_a_gradient_takes(family, model, low_memory):
         base, cond, own = guider.inner_model, guider.conds["positive"][0], family_of(model)
         meter, recorder = ActivationMeter(base.diffusion_model, own), FeatureRecorder(frozenset())
         with meter.open():
-            predict(base, x, sigma * x.new_ones(len(x)), cond, extra_args["model_options"])
+            call_model(base, [cond], x, sigma, extra_args["model_options"])
         tap = AttentionTap(model, [recorder], differentiable=True)
-        options = dict(model_options=tap.install(extra_args["model_options"]), mutates=own.mutates)
+        options = dict(model_options=extra_args["model_options"], tap=tap, mutates=own.mutates)
         blocks = checkpointed(base.diffusion_model, own, tap, recorder) if low_memory else contextlib.nullcontext()
         with PeakMemory() as peak, blocks:
             latent_gradient(base, x, sigma, cond, lambda denoised: denoised.square().mean(), **options)
@@ -446,8 +452,8 @@ def test_a_run_with_regions_and_matching_is_its_steps(family, model, inverted, c
     so, a DDIM step goes by the prediction under regions and guidance."""
     sigmas, score, space = inverted.sigmas[:4], str_score_of(inverted), noise_space(model)
     matching = RelevanceMatching(score, max(family.step, 1e-3))
-    patched = patch_regions(model, RegionModulation(halves(family), end=1.0, self_strength=3.0, cross_strength=3.0))
-    positive, negative, seen = family.conditioning(1), family.conditioning(2) if cfg > 1 else None, []
+    patched = patch_regions(model, RegionModulation(end=1.0, self_strength=3.0, cross_strength=3.0))
+    positive, negative, seen = regional(family, seed=1), family.conditioning(2) if cfg > 1 else None, []
 
     def watched(x, step):
         seen.append((x.clone(), matching(x, step)))
@@ -528,13 +534,13 @@ def test_matching_brings_the_relevance_closer_and_is_neutral_at_zero(family, mod
 @every_family
 def test_regions_act_and_are_neutral_at_zero(family, model):
     before = watched(model, family)
-    positive, negative = family.conditioning(), family.conditioning(1)
-    plain = predicted(model, family, positive, negative=negative)
-    layout = halves(family)
+    positive, negative = regional(family), family.conditioning(1)
+    plain = predicted(model, family, family.conditioning(), negative=negative)
+    assert torch.equal(predicted(model, family, positive, negative=negative), plain)
     for options in ({"self_strength": 0.0, "cross_strength": 0.0}, {"start": 0.9, "end": 1.0}):
-        neutral = patch_regions(model, RegionModulation(layout, **options))
+        neutral = patch_regions(model, RegionModulation(**options))
         assert torch.equal(predicted(neutral, family, positive, negative=negative), plain)
-    patched = patch_regions(model, RegionModulation(layout, end=1.0))
+    patched = patch_regions(model, RegionModulation(end=1.0))
     assert not torch.equal(predicted(patched, family, positive, negative=negative), plain)
     assert before.changed() == []
 
@@ -551,13 +557,16 @@ def memberships(family):
     return sides, words
 
 
-def by_definition(call, t, sides, words, strength, text_first):
-    """(output with regions, without them) of an attention of a transformer, dense and in float64, for every row."""
+def by_definition(call, t, sides, words, strength, text_first, share=None):
+    """(output with regions, without them) of an attention of a transformer, dense and in float64, for every row.
+
+    share: (K,) of the clip that each region covers; None: as the tokens of the call do.
+    """
     before, clip, after = call.parts(call.query) if call.kind != "joint" else (0, len(sides), 0)
     sides = torch.nn.functional.pad(sides, (0, 0, before, after))  # those of a reference picture
     of_clip = torch.zeros(len(sides), dtype=torch.bool)
     of_clip[before : before + clip] = True
-    size = 1 - (sides * sides[of_clip].mean(0)).sum(1)
+    size = 1 - (sides * (sides[of_clip].mean(0) if share is None else share)).sum(1)
     strength = strength * t**5 * size * of_clip * (1.0 if call.kind == "cross" else 0.3)
     queries, keys, together = sides, sides, [of_clip]
     if call.kind == "cross":
@@ -585,8 +594,9 @@ def by_definition(call, t, sides, words, strength, text_first):
 def test_regions_are_the_methods_own_scores(family, model):
     """Against the definition: two halves of the clip, two words for the left one, one for the right, the rest of the
     prompt in neither. Half of the clip each, so that the size term is a half."""
-    calls, _ = calls_of(model, family, family.conditioning(1), percent=PERCENT)
-    modulation = RegionModulation(halves(family), end=1.0, self_strength=1.5, cross_strength=1.5)
+    no_level = patch_regions(model, RegionModulation(end=1.0, levels=frozenset({2**20})))
+    calls, _ = calls_of(no_level, family, family.conditioning(1), positive=regional(family), percent=PERCENT)
+    modulation = RegionModulation(end=1.0, self_strength=1.5, cross_strength=1.5)
     text_first = family_of(model).patched == "last"
     for call in calls:
         expected, plain = by_definition(call, 1 - PERCENT, *memberships(family), 1.5, text_first)
@@ -631,8 +641,8 @@ def test_dds_is_its_two_steps_and_stays_for_equal_prompts(family, model):
 @every_family
 def test_prompts_of_other_lengths_and_split_batches_agree(family, model, monkeypatch):
     """The regions act on both prompts whether they run beside one another or, as where memory is short, one by one."""
-    patched = patch_regions(model, RegionModulation(halves(family), end=1.0))
-    positive = family.conditioning()
+    patched = patch_regions(model, RegionModulation(end=1.0))
+    positive = regional(family)
     joint = "joint" in {layer.kind for layer in attention_layers(model).values()}
     for words in (family.words, 2 * family.words):
         negative = family.conditioning(1, words=words)
@@ -643,7 +653,10 @@ def test_prompts_of_other_lengths_and_split_batches_agree(family, model, monkeyp
         if joint:  # the negative prompt has no regions
             again = 2 if repeated else 1
             extra = {key: v.repeat(1, again) if key == MASK else v for key, v in positive[0][1].items()}
-            longer = [[positive[0][0].repeat(1, again, 1), extra]]
+            layout, steps = extra[LAYOUT], [turn * family.words for turn in range(again)]
+            places = tuple(tuple(place + step for step in steps for place in own) for own in layout.positions)
+            layout = replace(layout, positions=places, length=again * family.words)
+            longer = with_layout([[positive[0][0].repeat(1, again, 1), extra]], layout)
             alone = predicted(patched, family, longer, cfg=1.0), predicted(model, family, negative, cfg=1.0)
             torch.testing.assert_close(together, alone[1] + 2.0 * (alone[0] - alone[1]), rtol=1e-4, atol=1e-4)
         if joint and repeated:
@@ -672,6 +685,18 @@ def test_a_latents_own_mask_is_the_samplers(family, model):
         options = dict(denoise_mask=noise_mask, disable_pbar=True, seed=0)
         made.append(guider.sample(empty, empty, sampler, trajectory.sigmas, **options))
     assert torch.equal(*made)
+
+
+@families_named("Wan", "CogVideoX 1.0")
+def test_a_latents_own_mask_that_moves_is_refused_where_a_latent_frame_holds_several(family, model):
+    trajectory = invert(model, family.conditioning(), 0.5 * family.clip(), sigmas_of(model, 2))
+    moving = torch.zeros(family.shape[2], 1, *family.shape[-2:])
+    moving[0, ..., :4] = 1
+    guider, empty = support.guider_of(model, family.conditioning(1)), torch.zeros(trajectory.shape)
+    for mask in (moving, torch.zeros_like(moving)):
+        with pytest.raises(ValueError, match="mask: the latent carries a mask for each frame, or an empty one"):
+            sampler, options = TrajectorySampler(trajectory), dict(denoise_mask=mask, disable_pbar=True, seed=0)
+            guider.sample(empty, empty, sampler, trajectory.sigmas, **options)
 
 
 @families(lambda family: PICTURE in family.extra)
@@ -723,7 +748,7 @@ def seen_clip(family, model):
 def calls_at_the_start(trajectory):
     """Of a pass over its noisiest latent."""
     calls = []
-    show_to(calls.append, trajectory, 0.0)
+    show_to(calls.append, trajectory, 0.0, frozenset({"spacetime", "joint"}))
     return calls
 
 
@@ -756,7 +781,7 @@ def test_attention_to_words_is_their_share_of_the_softmax(family, model, seen_cl
     words = ("a", "red", "ball", "on", "a", "blue", "sea")
     layout = replace(halves(family), words=words, tokenize=lambda text: text.split())
     found = token_attention(
-        trajectory, family.conditioning(), layout, "blue sea", (height, width), percent=0.0, frames=frames
+        trajectory, regional(family, layout), "blue sea", (height, width), percent=0.0, frames=frames
     )
     total = torch.zeros(count, height * width, dtype=torch.float64)
     calls = [call for call in calls_at_the_start(trajectory) if call.kind in ("cross", "joint")]
@@ -839,6 +864,10 @@ def long_clip(family):
     return torch.randn(first, channels, 7, *size) if family.patched else torch.randn(7, channels, *size)
 
 
+anchors = pytest.mark.parametrize("anchored", [False, True], ids=["own frames", "with the frame before"])
+"""Whether the host puts the frame before a window in front of it."""
+
+
 def windowed_copy(model, family, **options):
     """A clone of a model that sees 4 frames at a time, the last of which begins the next window."""
     windowed = model.clone()
@@ -853,11 +882,12 @@ def windowed_copy(model, family, **options):
     return windowed
 
 
+@anchors
 @families_named("Wan", "Wan VACE", "CogVideoX 1.0", "UNet3D")
-def test_matching_in_windows_blends_what_each_window_says(family, model, monkeypatch):
+def test_matching_in_windows_blends_what_each_window_says(family, model, monkeypatch, anchored):
     """Against edits of the windows' frames as clips of their own, weighted as the host weights predictions."""
     dim, clip = (2 if family.patched else 0), long_clip(family)
-    windowed = windowed_copy(model, family)
+    windowed = windowed_copy(model, family, causal_window_fix=anchored)
     with monkeypatch.context() as patch:  # an inversion in windows would see other clips
         trajectory = invert(model, family.conditioning(), 0.5 * clip, sigmas_of(model, 3))
         slopes = []
@@ -878,9 +908,11 @@ def test_matching_in_windows_blends_what_each_window_says(family, model, monkeyp
 
         found = first_slope(windowed, replace(trajectory, model=windowed))
         total, counts, losses = torch.zeros_like(found[1]), torch.zeros(7), []
-        for frames in ([0, 1, 2, 3], [3, 4, 5, 6]):
-            part = replace(trajectory, latents=trajectory.latents.index_select(dim + 1, torch.tensor(frames)))
+        for before, frames in (([], [0, 1, 2, 3]), ([2] if anchored else [], [3, 4, 5, 6])):
+            shown = torch.tensor([*before, *frames])
+            part = replace(trajectory, latents=trajectory.latents.index_select(dim + 1, shown))
             loss, slope = first_slope(model, part)
+            slope = slope.narrow(dim, len(before), len(frames))
             weights = torch.tensor([1.0, 2.0, 2.0, 1.0])
             shape = [-1 if i == dim else 1 for i in range(slope.ndim)]
             total.index_add_(dim, torch.tensor(frames), slope * weights.view(shape))
@@ -890,17 +922,19 @@ def test_matching_in_windows_blends_what_each_window_says(family, model, monkeyp
     torch.testing.assert_close(found[0], torch.stack(losses).mean(), rtol=1e-6, atol=1e-9)
 
 
+@anchors
 @pytest.mark.parametrize("balanced", [True, False], ids=["one gradient each", "one of their sum"])
 @families_named("Wan", "Wan VACE", "CogVideoX 1.0", "UNet3D")
-def test_distillation_in_windows_blends_what_each_window_says(family, model, balanced):
+def test_distillation_in_windows_blends_what_each_window_says(family, model, balanced, anchored):
     """Against predictions and gradients of the windows' frames as clips of their own."""
     dim, clip = (2 if family.patched else 0), 0.5 * long_clip(family)
     weights = {SPATIAL: 0.3, TEMPORAL: 0.1} if balanced else {SPATIAL: 300.0, TEMPORAL: 30.0}
     settings = Distillation(steps=2, weights=weights, blocks=key_blocks(model), cfg=3.0, balanced=balanced)
-    over = plain_distillation.windows(dim, [0, 1, 2, 3], [3, 4, 5, 6])
+    over = plain_distillation.windows(dim, [0, 1, 2, 3], [3, 4, 5, 6], anchored=anchored)
     expected = plain_distillation.optimised(model, *prompts_of(family), clip, settings, 0, over)
     free = plain_distillation.optimised(model, *prompts_of(family), clip, replace(settings, weights={}), 0, over)
-    found, _ = optimise(windowed_copy(model, family), *prompts_of(family), clip, settings, seed=0)
+    windowed = windowed_copy(model, family, causal_window_fix=anchored)
+    found, _ = optimise(windowed, *prompts_of(family), clip, settings, seed=0)
     pull = (expected - free).norm()
     assert pull > 1e-3 * (expected - clip).norm() > 0
     assert (found - expected).norm() <= 1e-3 * pull + 1e-6 * clip.norm()
@@ -919,12 +953,16 @@ def test_windows_that_cannot_be_followed_are_refused(family, model):
         sampled(windowed, family, trajectory, [RelevanceMatching(str_score_of(trajectory), 0.01)])
 
 
-def growing(family, frames=7):
-    """A layout of one region that grows from frame to frame."""
+def swaying(family, eighths=(2, 6, 4, 4, 1, 6, 5)):
+    """A layout of one region that covers so many eighths of each frame.
+
+    In the windows of four of these seven frames it covers as much on average as in the clip, with the frame before them
+    too, so that its size, a share of the whole clip, is the same in a clip of a window's frames alone.
+    """
     height, width = family.grid[1:]
-    mask = torch.zeros(frames, 4 * height, 4 * width)
-    for i in range(frames):
-        mask[i, :, : width // 2 * i] = 1
+    mask = torch.zeros(len(eighths), 4 * height, 4 * width)
+    for i, part in enumerate(eighths):
+        mask[i, :, : width * part // 2] = 1
     return replace(halves(family), regions=(Region("a", mask),), positions=((1,),))
 
 
@@ -932,30 +970,53 @@ def of_frames(layout, frames):
     return replace(layout, regions=tuple(Region(r.phrase, r.mask[frames]) for r in layout.regions))
 
 
-@pytest.mark.parametrize("anchored", [False, True])
+@anchors
 @families_named("Wan", "CogVideoX 1.0", "UNet3D")
 def test_masks_follow_the_frames_of_context_windows(family, model, anchored):
     """The host's own windows: each is a clip of the frames that it sees, one before it included, with their masks."""
-    layout, clip, dim = growing(family), long_clip(family), 2 if family.patched else 0
+    layout, clip, dim = swaying(family), long_clip(family), 2 if family.patched else 0
 
-    def regional(model, layout, clip):
-        patched = patch_regions(model, RegionModulation(layout, end=1.0, self_strength=3.0, cross_strength=3.0))
-        return predicted(patched, family, negative=family.conditioning(1), clip=clip, percent=PERCENT)
+    def edited(model, layout, clip):
+        patched = patch_regions(model, RegionModulation(end=1.0, self_strength=3.0, cross_strength=3.0))
+        positive, negative = regional(family, layout), family.conditioning(1)
+        return predicted(patched, family, positive, negative=negative, clip=clip, percent=PERCENT)
 
-    found = regional(windowed_copy(model, family, causal_window_fix=anchored), layout, clip)
+    found = edited(windowed_copy(model, family, causal_window_fix=anchored), layout, clip)
     anchor = [2] if anchored else []  # the first window has no frame before it
 
     def seen(part, frames, before=()):
         shown = [*before, *frames]
-        out = regional(model, of_frames(layout, shown), part.index_select(dim, torch.tensor(shown)))
+        out = edited(model, of_frames(layout, shown), part.index_select(dim, torch.tensor(shown)))
         return out.narrow(dim, len(before), len(frames))
 
     parts = {0: seen(clip, range(4)), 3: seen(clip, range(3, 7), anchor)}
     over = plain_distillation.windows(dim, [0, 1, 2, 3], [3, 4, 5, 6])
     starts = iter(parts)
     expected = over(clip, lambda *_: {"": parts[next(starts)]})[""]
-    other = regional(windowed_copy(model, family, causal_window_fix=anchored), of_frames(layout, [0] * 7), clip)
+    other = edited(windowed_copy(model, family, causal_window_fix=anchored), of_frames(layout, [0] * 7), clip)
     assert support.relative(found, expected) <= 1e-3 * support.relative(other, expected) + 1e-7
+
+
+@families_named("Wan", "CogVideoX 1.0")
+def test_in_a_context_window_sizes_are_those_of_the_clip(family, model):
+    """Against the definition, with shares of all seven frames, where the model sees three in which they are others."""
+    layout, shown = swaying(family), [0, 4, 6]
+    windowed = patch_regions(model, RegionModulation(end=1.0, levels=frozenset({2**20})))
+    windowed.model_options["transformer_options"]["context_window"] = IndexListContextWindow(shown, 2, 7)
+    calls, _ = calls_of(windowed, family, family.conditioning(1), positive=regional(family, layout), percent=PERCENT)
+    covered = torch.nn.functional.adaptive_avg_pool2d(layout.regions[0].mask, family.grid[1:]).double().flatten(1)
+    sides = torch.stack([covered, 1 - covered], 2)
+    words = torch.zeros(family.words, 2, dtype=torch.float64)
+    words[1, 0] = 1
+    modulation, text_first = RegionModulation(2.0, 2.0, end=1.0), family_of(model).patched == "last"
+    heard = [call for call in calls if call.kind != "cross"]
+    for call in heard:
+        arguments = call, 1 - PERCENT, sides[shown].flatten(0, 1), words, 2.0, text_first
+        expected, other = (by_definition(*arguments, share)[0] for share in (sides.mean((0, 1)), None))
+        out, positive = modulation(call).double(), [row.prompt == 0 for row in call.rows].index(True)
+        found, expected, other = (t[positive] for t in (out, expected, other))
+        assert support.relative(found, expected) <= 1e-5 < 0.1 * support.relative(other, expected)
+    assert heard
 
 
 @pytest.mark.parametrize("reads", [True, False], ids=["a model that reads it", "a model that does not"])
@@ -968,8 +1029,8 @@ def test_regions_leave_the_tokens_of_a_reference_picture_alone(family, reads):
     """
     model = by_hand(KNOWN.WAN21_T2V, DITS["wan"] | ({"in_dim_ref_conv": 16} if reads else {}))(family.weights())
     picture = torch.randn(1, 16, 1, 8, 8, generator=torch.Generator().manual_seed(6))
-    positive = [[embedding, {"reference_latents": [picture]}] for embedding, _ in family.conditioning()]
-    modulation, calls = RegionModulation(halves(family), end=1.0, self_strength=3.0, cross_strength=3.0), []
+    positive = [[embedding, about | {"reference_latents": [picture]}] for embedding, about in regional(family)]
+    modulation, calls = RegionModulation(end=1.0, self_strength=3.0, cross_strength=3.0), []
 
     def definition(call):
         calls.append(call)
@@ -993,11 +1054,11 @@ def test_regions_leave_the_tokens_of_a_reference_picture_alone(family, reads):
 @families_named("AnimateDiff")
 def test_masks_follow_animatediffs_own_windows(family, model):
     """That pack says in the options of a run which frames it sees: it is the same with the masks of these alone."""
-    layout, frames = growing(family), [1, 4, 5]
+    layout, frames = swaying(family, (4, 2, 5, 3, 4, 6, 4)), [1, 4, 5]  # a half on average, as of all
     windowed = model.clone()
     windowed.model_options["transformer_options"]["ad_params"] = {"sub_idxs": frames, "full_length": 7}
     found, alone, other = (
-        predicted(patch_regions(model, RegionModulation(layout, end=1.0)), family, percent=PERCENT)
+        predicted(patch_regions(model, RegionModulation(end=1.0)), family, regional(family, layout), percent=PERCENT)
         for model, layout in (
             (windowed, layout),
             (model, of_frames(layout, frames)),
@@ -1023,11 +1084,11 @@ def test_a_lora_before_or_after_the_patch_is_the_same(family, model):
         m.add_patches(patch, 1.0)
         return m
 
-    modulation = RegionModulation(halves(family), end=1.0)
+    modulation, positive = RegionModulation(end=1.0), regional(family)
     after, before = with_lora(patch_regions(model, modulation)), patch_regions(with_lora(model), modulation)
-    a, b = predicted(after, family), predicted(before, family)
+    a, b = predicted(after, family, positive), predicted(before, family, positive)
     assert torch.equal(a, b)
-    assert not torch.equal(a, predicted(patch_regions(model, modulation), family))
+    assert not torch.equal(a, predicted(patch_regions(model, modulation), family, positive))
     changed = family.model()  # and gradients are those of a model whose weights are so
     with torch.no_grad():
         changed.model.diffusion_model.get_parameter(weight_name).add_(patch[key][1][0])

@@ -6,8 +6,9 @@ import torch
 from spacetime_edit.core.relevance import matching_loss
 from spacetime_edit.host.attention_tap import AttentionTap
 from spacetime_edit.host.features import FeatureRecorder
-from spacetime_edit.host.gradients import differentiable, latent_gradient, normal_tensor, predict
+from spacetime_edit.host.gradients import differentiable, latent_gradient, normal_tensor
 from spacetime_edit.host.loaders.unet3d import EMBEDDED, load_folder
+from spacetime_edit.host.model_pass import call_model
 from spacetime_edit.tests.host import support
 
 FRAMES, SIDE, SIGMA = 3, 8, 2.0
@@ -43,16 +44,14 @@ def in_a_step(model, positive, latent, function):
 
     def run(guider, x, sigma, extra_args):
         x = x.to(guider.inner_model.get_dtype_inference())
-        base, cond = guider.inner_model, guider.conds["positive"][0]
+        base, cond, given = guider.inner_model, guider.conds["positive"][0], extra_args["model_options"]
 
         def gradient_of(latent, loss=output_loss, listeners=(), **options):
             tap = AttentionTap(model, listeners, differentiable=True)
-            given = tap.install(extra_args["model_options"])
-            return latent_gradient(base, latent, sigma, cond, loss, model_options=given, **options)
+            return latent_gradient(base, latent, sigma, cond, loss, model_options=given, tap=tap, **options)
 
         def predict_plainly(latent, listeners=()):
-            given = AttentionTap(model, listeners).install(extra_args["model_options"])
-            return predict(base, latent, sigma * latent.new_ones(FRAMES), cond, given)
+            return call_model(base, [cond], latent, sigma, given, tap=AttentionTap(model, listeners))
 
         return function(gradient_of, predict_plainly, x)
 

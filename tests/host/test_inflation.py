@@ -5,7 +5,8 @@ import torch
 from comfy.context_windows import IndexListContextWindow
 from spacetime_edit.core.inflation import Inflation
 from spacetime_edit.core.regions import Region
-from spacetime_edit.host.attention_tap import INFLATION, AttentionTap
+from spacetime_edit.host.attention_call import INFLATION
+from spacetime_edit.host.attention_tap import AttentionTap
 from spacetime_edit.host.checkpointing import checkpointed
 from spacetime_edit.host.families import family_of
 from spacetime_edit.host.features import FeatureRecorder
@@ -13,7 +14,7 @@ from spacetime_edit.host.gradients import latent_gradient
 from spacetime_edit.host.inflation import inflate_attention, inflation_of
 from spacetime_edit.host.inversion import invert
 from spacetime_edit.host.region_patch import RegionModulation, patch_regions
-from spacetime_edit.host.region_prompt import Layout
+from spacetime_edit.host.region_prompt import Layout, with_layout
 from spacetime_edit.host.sampling import TrajectorySampler
 from spacetime_edit.tests.host import support
 
@@ -32,8 +33,8 @@ def latent(frames=FRAMES, seed=3):
     return 3 * torch.randn(frames, 4, SIDE, SIDE, generator=torch.Generator().manual_seed(seed))
 
 
-def predicted(model, x=None, cfg=3.0):
-    return support.prediction(model, BOTH_PROMPTS[0], latent() if x is None else x, BOTH_PROMPTS[1], cfg, 8.0)
+def predicted(model, x=None, cfg=3.0, positive=BOTH_PROMPTS[0]):
+    return support.prediction(model, positive, latent() if x is None else x, BOTH_PROMPTS[1], cfg, 8.0)
 
 
 def replaced(model, attention, frames=FRAMES):
@@ -182,7 +183,7 @@ def layout():
 @pytest.mark.parametrize("order", ["inflated first", "inflated last"])
 def test_regions_act_over_the_frames_that_attend(sd15, inflation, order):
     made = layout()
-    modulation = RegionModulation(made, cross_strength=0.0, self_strength=2.0, end=1.0)
+    modulation = RegionModulation(cross_strength=0.0, self_strength=2.0, end=1.0)
     steps = [lambda m: inflate_attention(m, inflation), lambda m: patch_regions(m, modulation)]
     model = sd15
     for step in steps if order == "inflated first" else steps[::-1]:
@@ -191,7 +192,7 @@ def test_regions_act_over_the_frames_that_attend(sd15, inflation, order):
     tap = AttentionTap(model, [lambda call: percents.append(call.percent)])
     watched = model.clone()
     watched.model_options = tap.install(watched.model_options)
-    ours = predicted(watched)
+    ours = predicted(watched, positive=with_layout(BOTH_PROMPTS[0], made))
     masks = torch.stack([r.mask for r in made.regions]).double()
     masks = torch.cat([masks, 1 - masks.sum(0, keepdim=True)])
 
@@ -225,9 +226,8 @@ def test_in_a_context_window_the_first_frame_is_the_windows(tiny):
 
 def test_recomputed_blocks_are_inflated_again(sd15):
     """Attention, norms and regions: the gradient with checkpointing is the one without."""
-    model = patch_regions(
-        inflate_attention(sd15, Inflation(shared_norms=True)), RegionModulation(layout(), 2.0, 2.0, end=1.0)
-    )
+    inflated, positive = inflate_attention(sd15, Inflation(shared_norms=True)), with_layout(BOTH_PROMPTS[0], layout())
+    model = patch_regions(inflated, RegionModulation(2.0, 2.0, end=1.0))
 
     def gradient(checkpoint, model=model):
         def run(guider, x, sigma, extra_args):
@@ -241,10 +241,11 @@ def test_recomputed_blocks_are_inflated_again(sd15):
             with checkpointed(base.diffusion_model, family_of(model), tap, recorder):
                 return latent_gradient(base, x, sigma, cond, loss, **arguments)[1]
 
-        return support.at_one_sigma(support.guider_of(model, BOTH_PROMPTS[0]), latent(), run)
+        return support.at_one_sigma(support.guider_of(model, positive), latent(), run)
 
     assert support.relative(gradient(True), gradient(False)) < 1e-5
     assert support.relative(gradient(False, sd15), gradient(False)) > 0.01
+    assert support.relative(gradient(False, inflated), gradient(False)) > 0.01  # regions act, not the frames alone
 
 
 def test_an_edit_needs_the_inflation_of_the_inversion(sd15):

@@ -7,10 +7,10 @@ import torch
 from comfy.context_windows import IndexListContextWindow
 from spacetime_edit.core.regions import EVERY, Region
 from spacetime_edit.host import region_patch
+from spacetime_edit.host.attention_call import SOURCE_RUN
 from spacetime_edit.host.attention_tap import AttentionTap
 from spacetime_edit.host.region_patch import RegionModulation, patch_regions
-from spacetime_edit.host.region_prompt import Layout, encode_regional_prompt
-from spacetime_edit.host.sampling import SOURCE_RUN
+from spacetime_edit.host.region_prompt import LAYOUT, Layout, encode_regional_prompt, with_layout
 from spacetime_edit.tests.host import support
 from torch.nn.functional import avg_pool2d
 
@@ -33,8 +33,13 @@ def regions():
 
 
 @pytest.fixture
-def layout(tiny):
+def regional(tiny):
+    """The conditioning of PROMPT with its two regions."""
     return encode_regional_prompt(tiny.clip, PROMPT, regions())
+
+
+def layout_of(conditioning):
+    return conditioning[0][1][LAYOUT]
 
 
 def clip_latent(frames=FRAMES, side=16, seed=3):
@@ -97,12 +102,12 @@ def percent_of(model, sigma):
 
 @pytest.mark.parametrize("mode", ["paper", "released"])
 def test_predictions_are_those_of_the_dense_form(tiny, mode):
-    conditioning, layout = encode_regional_prompt(tiny.clip, PROMPT, regions(), mode)
+    conditioning = encode_regional_prompt(tiny.clip, PROMPT, regions(), mode)
     sigma, negative = 8.0, support.encode(tiny, "")
-    modulation = RegionModulation(layout, end=1.0)
+    modulation = RegionModulation(end=1.0)
     ours = support.prediction(patch_regions(tiny.model, modulation), conditioning, clip_latent(), negative, 3.0, sigma)
     reference = tiny.model.clone()
-    listener = dense_override(layout, percent_of(tiny.model, sigma), mode)
+    listener = dense_override(layout_of(conditioning), percent_of(tiny.model, sigma), mode)
     reference.model_options = AttentionTap(reference, [listener]).install(reference.model_options)
     wanted = support.prediction(reference, conditioning, clip_latent(), negative, 3.0, sigma)
     plain = support.prediction(tiny.model, conditioning, clip_latent(), negative, 3.0, sigma)
@@ -119,9 +124,9 @@ def sd15():
 @pytest.mark.parametrize("negative_tokens", [7, 14], ids=["prompts of one length", "the host repeats the positive"])
 def test_sd15_takes_regions_frame_by_frame(sd15, negative_tokens):
     layout = Layout("a prompt", regions(), ((1, 2), (4,)), 7)
-    sigma, positive = 8.0, support.sd15_conditioning()
+    sigma, positive = 8.0, with_layout(support.sd15_conditioning(), layout)
     arguments = positive, clip_latent(side=8), support.sd15_conditioning(1, negative_tokens), 3.0, sigma
-    ours = support.prediction(patch_regions(sd15, RegionModulation(layout, end=1.0)), *arguments)
+    ours = support.prediction(patch_regions(sd15, RegionModulation(end=1.0)), *arguments)
     reference = sd15.clone()
     listener = dense_override(layout, percent_of(sd15, sigma), "paper")
     reference.model_options = AttentionTap(reference, [listener]).install(reference.model_options)
@@ -140,53 +145,59 @@ NEUTRAL = {
 
 
 @pytest.mark.parametrize("settings", NEUTRAL.values(), ids=NEUTRAL)
-def test_neutral_settings_change_no_bit(tiny, layout, settings):
-    conditioning, layout = layout
-    patched = patch_regions(tiny.model, RegionModulation(layout, **settings))
-    arguments = conditioning, clip_latent(), support.encode(tiny, ""), 3.0, 8.0
+def test_neutral_settings_change_no_bit(tiny, regional, settings):
+    patched = patch_regions(tiny.model, RegionModulation(**settings))
+    arguments = regional, clip_latent(), support.encode(tiny, ""), 3.0, 8.0
     assert torch.equal(support.prediction(patched, *arguments), support.prediction(tiny.model, *arguments))
 
 
 def test_no_regions_change_no_bit(tiny):
-    conditioning, layout = encode_regional_prompt(tiny.clip, PROMPT, ())
-    patched = patch_regions(tiny.model, RegionModulation(layout))
-    assert "optimized_attention_override" not in patched.model_options["transformer_options"]
-    arguments = conditioning, clip_latent()
+    conditioning = encode_regional_prompt(tiny.clip, PROMPT, ())
+    patched = patch_regions(tiny.model, RegionModulation(end=1.0))
+    arguments = conditioning, clip_latent(), support.encode(tiny, ""), 3.0, 8.0
     assert torch.equal(support.prediction(patched, *arguments), support.prediction(tiny.model, *arguments))
     assert torch.equal(conditioning[0][0], support.encode(tiny, PROMPT)[0][0])
 
 
-def test_runs_that_see_the_source_are_left_alone(tiny, layout):
-    conditioning, layout = layout
-    patched = patch_regions(tiny.model, RegionModulation(layout, end=1.0))
+def test_a_regional_prompt_is_a_plain_prompt_to_a_model_without_patch(tiny, regional):
+    arguments = clip_latent(), support.encode(tiny, ""), 3.0, 8.0
+    plain = support.prediction(tiny.model, support.encode(tiny, PROMPT), *arguments)
+    assert torch.equal(support.prediction(tiny.model, regional, *arguments), plain)
+
+
+def test_a_patch_without_regional_prompt_changes_no_bit_and_says_so(tiny):
+    said = []
+    patched = patch_regions(tiny.model, RegionModulation(end=1.0, say=said.append))
+    arguments = support.encode(tiny, PROMPT), clip_latent(), support.encode(tiny, ""), 3.0, 8.0
+    assert torch.equal(support.prediction(patched, *arguments), support.prediction(tiny.model, *arguments))
+    assert len(said) == 1 and said[0].startswith("No regional prompt reaches this model")
+
+
+def test_runs_that_see_the_source_are_left_alone(tiny, regional):
+    patched = patch_regions(tiny.model, RegionModulation(end=1.0))
     patched.model_options["transformer_options"][SOURCE_RUN] = True
-    arguments = conditioning, clip_latent(), None, 1.0, 8.0
+    arguments = regional, clip_latent(), None, 1.0, 8.0
     assert torch.equal(support.prediction(patched, *arguments), support.prediction(tiny.model, *arguments))
 
 
-def test_self_and_cross_have_their_own_strength(tiny, layout):
-    conditioning, layout = layout
+def test_self_and_cross_have_their_own_strength(tiny, regional):
     results = []
     for own, cross in ((1.0, 0.0), (0.0, 1.0), (1.0, 1.0)):
-        modulation = RegionModulation(layout, own, cross, end=1.0)
-        results.append(
-            support.prediction(patch_regions(tiny.model, modulation), conditioning, clip_latent(), sigma=8.0)
-        )
+        modulation = RegionModulation(own, cross, end=1.0)
+        results.append(support.prediction(patch_regions(tiny.model, modulation), regional, clip_latent(), sigma=8.0))
     assert support.relative(results[0], results[1]) > 1e-3 and support.relative(results[1], results[2]) > 1e-3
 
 
-def test_a_run_leaves_the_model_as_it_was(tiny, layout):
-    conditioning, layout = layout
+def test_a_run_leaves_the_model_as_it_was(tiny, regional):
     before = support.Untouched(tiny.model)
-    patched = patch_regions(tiny.model, RegionModulation(layout, end=1.0, temporal_strength=1.0))
-    support.prediction(patched, conditioning, clip_latent(), support.encode(tiny, ""), 3.0, 8.0)
+    patched = patch_regions(tiny.model, RegionModulation(end=1.0, temporal_strength=1.0))
+    support.prediction(patched, regional, clip_latent(), support.encode(tiny, ""), 3.0, 8.0)
     assert before.changed() == []
 
 
-def test_overrides_of_other_packs_are_called_as_often(tiny, layout):
-    conditioning, layout = layout
+def test_overrides_of_other_packs_are_called_as_often(tiny, regional):
     counts = []
-    for modulation in (None, RegionModulation(layout, end=1.0)):
+    for modulation in (None, RegionModulation(end=1.0)):
         model, seen = tiny.model.clone(), []
 
         def other_pack(func, *args, seen=seen, **kwargs):
@@ -195,33 +206,49 @@ def test_overrides_of_other_packs_are_called_as_often(tiny, layout):
 
         model.model_options["transformer_options"]["optimized_attention_override"] = other_pack
         model = model if modulation is None else patch_regions(model, modulation)
-        support.prediction(model, conditioning, clip_latent(), sigma=8.0)
+        support.prediction(model, regional, clip_latent(), sigma=8.0)
         counts.append(len(seen))
     assert counts[0] == counts[1] > 0
 
 
-def test_masks_of_another_number_of_frames_are_refused(tiny, layout):
+def test_masks_of_another_number_of_frames_are_refused(tiny, regional):
     """Also more of them than the clip has: which of them were meant is not known."""
-    conditioning, layout = layout
-    patched = patch_regions(tiny.model, RegionModulation(layout, end=1.0))
+    patched = patch_regions(tiny.model, RegionModulation(end=1.0))
     for frames in (3, 6):
         with pytest.raises(ValueError, match=f"their masks have {FRAMES} frames, the latent has {frames}"):
-            support.prediction(patched, conditioning, clip_latent(frames), sigma=8.0)
+            support.prediction(patched, regional, clip_latent(frames), sigma=8.0)
 
 
-def test_in_a_context_window_masks_follow_its_frames(tiny, layout):
-    """A window of frames 1 and 3 predicts what a clip of just these two, with just their masks, does."""
-    conditioning, layout = layout
-    shown = [1, 3]
-    latent = clip_latent(2)
-    windowed = patch_regions(tiny.model, RegionModulation(layout, end=1.0, temporal_strength=1.0))
-    inner = windowed.model_options["transformer_options"]
-    inner["context_window"] = IndexListContextWindow(shown, total_frames=FRAMES)
-    cut = [Region(r.phrase, r.mask[shown]) for r in layout.regions]
-    _, alone = encode_regional_prompt(tiny.clip, PROMPT, cut)
-    alone = patch_regions(tiny.model, RegionModulation(alone, end=1.0, temporal_strength=1.0))
+def in_window(model, frames):
+    """A clone that sees a context window of these frames."""
+    windowed = model.clone()
+    windowed.model_options["transformer_options"]["context_window"] = IndexListContextWindow(frames, None, FRAMES)
+    return windowed
+
+
+@pytest.mark.parametrize("mode", ["paper", "released"])
+def test_in_a_context_window_sizes_are_those_of_the_clip(tiny, mode):
+    """Against the dense form, whose shares are of all frames, where the model sees frames 1 and 3."""
+    conditioning, shown = encode_regional_prompt(tiny.clip, PROMPT, regions(), mode), [1, 3]
+    arguments = conditioning, clip_latent(2), support.encode(tiny, ""), 3.0, 8.0
+    ours = support.prediction(in_window(patch_regions(tiny.model, RegionModulation(end=1.0)), shown), *arguments)
+    reference = tiny.model.clone()
+    listener = dense_override(layout_of(conditioning), percent_of(tiny.model, 8.0), mode)
+    reference.model_options = AttentionTap(reference, [listener]).install(reference.model_options)
+    wanted, plain = (support.prediction(in_window(m, shown), *arguments) for m in (reference, tiny.model))
+    assert support.relative(ours, wanted) < 1e-4 * support.relative(plain, wanted)
+    assert support.relative(plain, wanted) > 0.01
+
+
+def test_in_a_context_window_masks_follow_its_frames(tiny, regional):
+    """A window of frames 1 and 3 predicts what a clip of just these two, with just their masks, does: over time too."""
+    shown, latent = [1, 3], clip_latent(2)
+    patched = patch_regions(tiny.model, RegionModulation(end=1.0, temporal_strength=1.0))
+    cut = [Region(r.phrase, r.mask[shown]) for r in regions()]
+    alone = encode_regional_prompt(tiny.clip, PROMPT, cut)
     ours, wanted, plain = (
-        support.prediction(model, conditioning, latent, sigma=8.0) for model in (windowed, alone, tiny.model)
+        support.prediction(model, prompt, latent, sigma=8.0)
+        for model, prompt in ((in_window(patched, shown), regional), (patched, alone), (tiny.model, regional))
     )
     # sizes are shares of the whole clip in a window, which differ a little
     assert support.relative(ours, wanted) < 0.1 * support.relative(plain, wanted)
@@ -230,20 +257,21 @@ def test_in_a_context_window_masks_follow_its_frames(tiny, layout):
 # --- what people do to masks --------------------------------------------
 
 
-def edited_by(tiny, masks, mode="paper"):
-    """A prediction with these masks, in the order of the phrases."""
+def edited_by(tiny, masks, mode="paper", said=None):
+    """A prediction with these masks, in the order of the phrases. said: gets what is told on the node."""
     regions = [Region(phrase, mask) for phrase, mask in zip(("red circle", "green square"), masks, strict=False)]
-    conditioning, layout = encode_regional_prompt(tiny.clip, PROMPT, regions, mode)
-    model = patch_regions(tiny.model, RegionModulation(layout, 3.0, 3.0, 1.0, end=1.0))
+    conditioning = encode_regional_prompt(tiny.clip, PROMPT, regions, mode)
+    say = [].append if said is None else said.append
+    model = patch_regions(tiny.model, RegionModulation(3.0, 3.0, 1.0, end=1.0, say=say))
     return support.prediction(model, conditioning, clip_latent(), support.encode(tiny, ""), 3.0, 8.0)
 
 
 @pytest.mark.parametrize("mode", ["paper", "released"])
-def test_masks_that_cover_each_other_are_named_and_do_no_harm(tiny, mode, caplog):
-    left, right = boxes()
-    both = edited_by(tiny, [left, left], mode)
+def test_masks_that_cover_each_other_are_named_and_do_no_harm(tiny, mode):
+    (left, _), said = boxes(), []
+    both = edited_by(tiny, [left, left], mode, said)
     assert both.isfinite().all()
-    assert ("region 1 ('red circle') covers nothing" in caplog.text) == (mode == "paper")
+    assert any("Region 1 ('red circle') covers nothing" in text for text in said) == (mode == "paper")
     full = edited_by(tiny, [torch.ones_like(left), torch.ones_like(left)], mode)
     plain = support.prediction(tiny.model, support.encode(tiny, PROMPT), clip_latent(), support.encode(tiny, ""), 3, 8)
     assert full.isfinite().all()
@@ -252,10 +280,10 @@ def test_masks_that_cover_each_other_are_named_and_do_no_harm(tiny, mode, caplog
 
 
 @pytest.mark.parametrize("mode", ["paper", "released"])
-def test_an_empty_region_is_named_and_the_others_act(tiny, mode, caplog):
-    left, right = boxes()
-    with_empty = edited_by(tiny, [left, torch.zeros_like(right)], mode)
-    assert "region 2 ('green square') covers nothing" in caplog.text
+def test_an_empty_region_is_named_and_the_others_act(tiny, mode):
+    (left, right), said = boxes(), []
+    with_empty = edited_by(tiny, [left, torch.zeros_like(right)], mode, said)
+    assert [text for text in said if "Region 2 ('green square') covers nothing" in text]
     assert support.relative(with_empty, edited_by(tiny, [left, right], mode)) > 1e-3
     assert with_empty.isfinite().all()
 
@@ -268,27 +296,43 @@ def test_a_region_of_one_pixel_acts_at_every_level(tiny):
     assert seen.isfinite().all() and support.relative(seen, edited_by(tiny, [left, 0 * dot])) > 1e-4
 
 
-def test_layers_that_another_pack_replaces_are_named(sd15, caplog):
-    model = sd15.clone()
+SD15_LAYOUT = Layout("a prompt", regions(), ((1,), (4,)), 7)
+
+
+@pytest.mark.parametrize(
+    ("strengths", "message"),
+    [
+        ({}, "Regions act in part: another node replaces the spatial attention of 1 of 14 layers"),
+        ({"cross_strength": 0.0}, "Regions act in part: another node replaces the spatial attention of 1 of 7 layers"),
+        ({"self_strength": 0.0}, None),
+    ],
+)
+def test_layers_that_another_pack_replaces_are_named(sd15, strengths, message):
+    model, said = sd15.clone(), []
     model.set_model_attn1_replace(lambda q, k, v, extra: q, "middle", 0, 0)
-    patch_regions(model, RegionModulation(Layout("a prompt", regions(), ((1,), (4,)), 7)))
-    assert "another pack replaces self-attention in ('middle', 0, 0)" in caplog.text
+    patched = patch_regions(model, RegionModulation(end=1.0, say=said.append, **strengths))
+    positive = with_layout(support.sd15_conditioning(), SD15_LAYOUT)
+    for _ in range(2):
+        support.prediction(patched, positive, clip_latent(side=8), sigma=8.0)
+    assert said == [] if message is None else len(said) == 2 and all(text.startswith(message) for text in said)
 
 
-def test_models_without_cross_attention_are_told(tiny, layout, monkeypatch):
-    _, layout = layout
+def test_models_without_cross_attention_are_told(tiny, regional, monkeypatch):
     layers = {path: at for path, at in region_patch.attention_layers(tiny.model).items() if at.kind != "cross"}
     monkeypatch.setattr(region_patch, "attention_layers", lambda model: layers)
-    with pytest.raises(ValueError, match=r"model: UNet3D .* has no cross-attention.*set cross_strength to 0"):
-        patch_regions(tiny.model, RegionModulation(layout))
-    patch_regions(tiny.model, RegionModulation(layout, cross_strength=0.0))
+    run = lambda **options: support.prediction(  # noqa: E731
+        patch_regions(tiny.model, RegionModulation(**options)), regional, clip_latent(), sigma=8.0
+    )
+    with pytest.raises(ValueError, match=r"model: UNet3D .* has no cross-attention.*set cross_strength .* to 0"):
+        run()
+    run(cross_strength=0.0)
 
 
 # --- prompts ------------------------------------------------------------
 
 
 def test_positions_are_those_of_the_words(tiny):
-    _, layout = encode_regional_prompt(tiny.clip, PROMPT, regions())
+    layout = layout_of(encode_regional_prompt(tiny.clip, PROMPT, regions()))
     words = PROMPT.replace(",", " ,").split()
     places = [["red", "circle"], ["a", "green", "square"]]
     assert [[words[p - 1] for p in positions] for positions in layout.positions] == places  # after the start token
@@ -297,16 +341,16 @@ def test_positions_are_those_of_the_words(tiny):
 
 def test_weights_in_the_prompt_are_no_obstacle(tiny):
     weighted = PROMPT.replace("red circle", "(red circle:1.3)")
-    conditioning, layout = encode_regional_prompt(tiny.clip, weighted, regions())
-    assert layout.positions == encode_regional_prompt(tiny.clip, PROMPT, regions())[1].positions
+    conditioning = encode_regional_prompt(tiny.clip, weighted, regions())
+    plain = encode_regional_prompt(tiny.clip, PROMPT, regions())
+    assert layout_of(conditioning).positions == layout_of(plain).positions
     assert torch.equal(conditioning[0][0], support.encode(tiny, weighted)[0][0])
 
 
 def test_every_occurrence(tiny):
     prompt = "a red circle on the left and a red circle on the right, gray background"
     region = Region("red circle", boxes()[0], EVERY)
-    _, layout = encode_regional_prompt(tiny.clip, prompt, [region])
-    assert layout.positions == ((2, 3, 9, 10),)
+    assert layout_of(encode_regional_prompt(tiny.clip, prompt, [region])).positions == ((2, 3, 9, 10),)
 
 
 @pytest.mark.parametrize(
@@ -322,13 +366,13 @@ def test_a_phrase_that_is_not_meant_names_both(tiny, phrase, message):
 
 
 def test_a_region_without_words_is_a_region(tiny):
-    _, layout = encode_regional_prompt(tiny.clip, PROMPT, [Region(" ", boxes()[0])])
-    assert layout.positions == ((),)
+    assert layout_of(encode_regional_prompt(tiny.clip, PROMPT, [Region(" ", boxes()[0])])).positions == ((),)
 
 
 def test_spliced_phrases_are_as_if_alone(tiny):
-    plain, layout = encode_regional_prompt(tiny.clip, PROMPT, regions())
-    spliced, _ = encode_regional_prompt(tiny.clip, PROMPT, regions(), splice=True)
+    plain = encode_regional_prompt(tiny.clip, PROMPT, regions())
+    layout = layout_of(plain)
+    spliced = encode_regional_prompt(tiny.clip, PROMPT, regions(), splice=True)
     places = sorted(p for positions in layout.positions for p in positions)
     others = [p for p in range(layout.length) if p not in places]
     assert torch.equal(spliced[0][0][:, others], plain[0][0][:, others])
@@ -336,10 +380,27 @@ def test_spliced_phrases_are_as_if_alone(tiny):
     assert torch.equal(spliced[0][0][:, list(layout.positions[0])], alone[:, 1:3])
 
 
-def test_a_prompt_of_another_length_is_refused_and_named(tiny, layout):
-    conditioning, layout = layout
-    shorter = Layout(layout.prompt, layout.regions, layout.positions, layout.length - 1, layout.mode)
-    with pytest.raises(ValueError, match="it was made for 23 text tokens .*the model gets 24"):
-        support.prediction(
-            patch_regions(tiny.model, RegionModulation(shorter, end=1.0)), conditioning, clip_latent(), sigma=8.0
-        )
+def predicted(tiny, conditioning):
+    patched = patch_regions(tiny.model, RegionModulation(end=1.0))
+    return support.prediction(patched, conditioning, clip_latent(), sigma=8.0)
+
+
+def test_a_prompt_that_was_changed_is_refused_and_named(tiny, regional):
+    embedding, about = regional[0]
+    message = "positive: the regional prompt 'a red circle on .*' was changed after Encode Regional Prompt"
+    for changed in (embedding * 1.01, embedding[:, :9]):
+        with pytest.raises(ValueError, match=message):
+            predicted(tiny, [[changed, about]])
+    handmade = Layout(PROMPT, regions(), layout_of(regional).positions, embedding.shape[1] + 1)
+    with pytest.raises(ValueError, match=message):
+        predicted(tiny, with_layout(regional, handmade))
+
+
+def test_a_prompt_that_is_changed_inside_the_model_is_refused_and_named(sd15):
+    model = sd15.clone()
+    longer = lambda q, k, v, extra: (q, *(torch.cat([t, t[:, :1]], 1) for t in (k, v)))  # noqa: E731
+    model.set_model_attn2_patch(longer)
+    patched = patch_regions(model, RegionModulation(end=1.0))
+    positive = with_layout(support.sd15_conditioning(), SD15_LAYOUT)
+    with pytest.raises(ValueError, match="positive: the regional prompt 'a prompt' has 7 text tokens, but .* sees 8"):
+        support.prediction(patched, positive, clip_latent(side=8), sigma=8.0)

@@ -9,7 +9,7 @@ from comfy.text_encoders.hunyuan_video import HunyuanVideoClipModel, HunyuanVide
 from comfy.text_encoders.kandinsky5 import Kandinsky5TEModel, Kandinsky5Tokenizer
 from comfy.text_encoders.lt import LTXVT5Tokenizer
 from spacetime_edit.core.regions import EVERY, Region
-from spacetime_edit.host.region_prompt import encode_regional_prompt, positions_in
+from spacetime_edit.host.region_prompt import LAYOUT, encode_regional_prompt, positions_in
 from transformers import PreTrainedTokenizerFast
 
 LLAMA = Path(comfy.text_encoders.hunyuan_video.__file__).parent / "llama_tokenizer"
@@ -32,7 +32,7 @@ class Clip:
     """The host's CLIP, as far as a prompt needs one."""
 
     def __init__(self, tokenizer, encoder):
-        self.tokenizer, self.encoder = tokenizer, encoder
+        self.tokenizer, self.encoder, self.tokenizer_options = tokenizer, encoder, {}
 
     def tokenize(self, text, return_word_ids=False):
         return self.tokenizer.tokenize_with_weights(text, return_word_ids)
@@ -55,6 +55,12 @@ def kandinsky():
     torch.nn.Module.__init__(model)
     model.clip_name, model.clip, model.qwen25_7b, model.clip_l = "qwen25_7b", "qwen25_7b", Numbers(), Pooled()
     return Clip(Kandinsky5Tokenizer(), model.encode_token_weights)
+
+
+def encoded(*arguments, **options):
+    """(conditioning, the layout that it carries)."""
+    conditioning = encode_regional_prompt(*arguments, **options)
+    return conditioning, conditioning[0][1][LAYOUT]
 
 
 ENCODERS = {"HunyuanVideo": hunyuan_video, "Kandinsky 5": kandinsky}
@@ -85,14 +91,14 @@ def shown(clip, conditioning, places):
     ],
 )
 def test_the_vectors_of_a_phrase_are_its_words(clip, prompt, phrase):
-    conditioning, layout = encode_regional_prompt(clip, prompt, [Region(phrase, MASK)])
+    conditioning, layout = encoded(clip, prompt, [Region(phrase, MASK)])
     assert layout.length == len(layout.words) == conditioning[0][0].shape[1]
     assert shown(clip, conditioning, layout.positions[0]).lower() == phrase
     assert positions_in(layout, phrase) == list(layout.positions[0])
 
 
 def test_a_word_inside_another_is_not_it(clip):
-    _, layout = encode_regional_prompt(clip, "a ball", [Region(" ball ", MASK)])
+    _, layout = encoded(clip, "a ball", [Region(" ball ", MASK)])
     assert len(layout.positions[0]) == 1
     with pytest.raises(ValueError, match="phrase 'ball' in the prompt 'a snowball': it is not there"):
         encode_regional_prompt(clip, "a snowball", [Region("ball", MASK)])
@@ -100,13 +106,13 @@ def test_a_word_inside_another_is_not_it(clip):
 
 def test_a_capital_letter_is_another_word_where_both_are_there(clip):
     prompt = "Boat beside a boat"
-    conditioning, layout = encode_regional_prompt(clip, prompt, [Region("boat", MASK), Region("Boat", MASK)])
+    conditioning, layout = encoded(clip, prompt, [Region("boat", MASK), Region("Boat", MASK)])
     assert [shown(clip, conditioning, places) for places in layout.positions] == ["boat", "Boat"]
 
 
 def test_every_place_of_a_phrase_counts(clip):
     prompt = "boat and boat, a boat"
-    conditioning, layout = encode_regional_prompt(clip, prompt, [Region("boat", MASK, EVERY)])
+    conditioning, layout = encoded(clip, prompt, [Region("boat", MASK, EVERY)])
     assert shown(clip, conditioning, layout.positions[0]) == "boat boat boat"
 
 
@@ -116,14 +122,14 @@ def test_words_of_the_template_are_no_words_of_the_prompt(clip):
 
 
 def test_a_prompt_without_regions_is_plain(clip):
-    conditioning, layout = encode_regional_prompt(clip, "a boat", [])
+    conditioning, layout = encoded(clip, "a boat", [])
     assert torch.equal(conditioning[0][0], clip.encode_from_tokens_scheduled(clip.tokenize("a boat"))[0][0])
     assert layout.positions == ()
 
 
 def test_without_phrases_nothing_is_refused(clip):
     for regions in ([], [Region("", MASK)]):
-        _, layout = encode_regional_prompt(clip, "a boat", regions, "released", splice=True)
+        _, layout = encoded(clip, "a boat", regions, "released", splice=True)
         assert layout.positions == ((),) * len(regions)
 
 
@@ -135,7 +141,7 @@ def test_a_tokenizer_that_loses_spaces_is_named():
         pytest.skip("these transformers read it right")
     with pytest.raises(ValueError, match="clip: its tokenizer loses the spaces .*transformers below 5"):
         encode_regional_prompt(clip, "a red boat", [Region("boat", MASK)])
-    assert encode_regional_prompt(clip, "a red boat", [Region("", MASK)])[1].positions == ((),)
+    assert encoded(clip, "a red boat", [Region("", MASK)])[1].positions == ((),)
 
 
 def test_phrases_by_themselves_are_refused(clip):
@@ -157,10 +163,10 @@ def of_t5(clip, conditioning, places):
 @pytest.mark.parametrize("prompt", ["Squirrel on a tree", "a tree with a squirrel", "(a squirrel:1.2) on a tree"])
 def test_phrases_of_t5(ltx, prompt, splice):
     """Also where the first letter is another than in the prompt, and so the tokens, one by one."""
-    conditioning, layout = encode_regional_prompt(ltx, prompt, [Region("squirrel", MASK)], splice=splice)
+    conditioning, layout = encoded(ltx, prompt, [Region("squirrel", MASK)], splice=splice)
     assert of_t5(ltx, conditioning, layout.positions[0]).lower() == "squirrel"
 
 
 def test_of_two_capitalisations_t5_takes_the_one_that_is_asked_for(ltx):
-    conditioning, layout = encode_regional_prompt(ltx, "A boat beside a boat", [Region("a boat", MASK)])
+    conditioning, layout = encoded(ltx, "A boat beside a boat", [Region("a boat", MASK)])
     assert of_t5(ltx, conditioning, layout.positions[0]) == "a boat" and min(layout.positions[0]) > 2

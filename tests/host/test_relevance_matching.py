@@ -143,7 +143,7 @@ def test_the_task_takes_the_mask_that_the_latent_carries(trajectory, edit):
 
 @pytest.mark.parametrize(("task", "where"), [("delete", "object is"), ("add", "shall appear")])
 def test_a_task_without_a_mask_is_refused_before_the_model_runs(trajectory, edit, monkeypatch, task, where):
-    monkeypatch.setattr(relevance_matching, "predict", lambda *_: pytest.fail("the model ran"))
+    monkeypatch.setattr(relevance_matching, "call_model", lambda *_, **__: pytest.fail("the model ran"))
     with pytest.raises(ValueError, match=f"^mask: the task is '{task}', but no mask is connected; .*{where}"):
         run(sampler(trajectory, task=task), edit)
 

@@ -12,7 +12,6 @@ import transformers
 from diffusers.models.attention_processor import AttnAddedKVProcessor2_0, AttnProcessor2_0
 from safetensors.torch import load_file
 from spacetime_edit.core.parametrization import NoiseSpace
-from spacetime_edit.core.regions import Region
 from spacetime_edit.host import distillation
 from spacetime_edit.host.attention_tap import AttentionTap
 from spacetime_edit.host.distillation import MOTION, RELEVANCE, SPATIAL, TEMPORAL, Distillation, key_blocks, optimise
@@ -20,7 +19,6 @@ from spacetime_edit.host.families import attention_layers, family_of, noise_spac
 from spacetime_edit.host.loaders import show1_model, unet3d
 from spacetime_edit.host.loaders.diffusers_folder import ModelFolder, ModelFolderError
 from spacetime_edit.host.region_patch import RegionModulation, patch_regions
-from spacetime_edit.host.region_prompt import Layout
 from spacetime_edit.host.relevance_matching import lacks_for_relevance
 from spacetime_edit.tests.host import plain_distillation, support
 
@@ -196,10 +194,8 @@ def test_what_does_not_apply_is_refused_by_name(show1):
     model, clip, _ = show1
     assert family_of(model).name.startswith("Show-1")
     assert lacks_for_relevance(model) == "spatial self-attention apart from the prompt's"
-    region = Region("a circle", torch.ones(1, HEIGHT, WIDTH))
-    layout = Layout("a circle", (region,), ((1,),), 77)
     with pytest.raises(ValueError, match="model: in Show-1.*regions do not act"):
-        patch_regions(model, RegionModulation(layout))
+        patch_regions(model, RegionModulation())
     settings = Distillation(steps=1, weights={RELEVANCE: 0.1}, blocks=key_blocks(model))
     with pytest.raises(ValueError, match="relevance: .*Show-1"):
         optimise(model, *prompts(clip), pixels(), settings, seed=0)

@@ -6,7 +6,7 @@ import torch
 from spacetime_edit.host import attention_regions
 from spacetime_edit.host.inflation import inflation_of
 from spacetime_edit.host.loaders.example_clips import clip_names, load_clip
-from spacetime_edit.host.region_prompt import Layout
+from spacetime_edit.host.region_prompt import LAYOUT
 from spacetime_edit.nodes.encode_regional_prompt import EncodeRegionalPrompt
 from spacetime_edit.nodes.inflate_attention import InflateAttention
 from spacetime_edit.nodes.invert_video import InvertVideo
@@ -36,14 +36,14 @@ def regions(clip, left=LEFT, right=RIGHT):
 
 
 def encoded(tiny, clip, mode="paper"):
-    return EncodeRegionalPrompt.execute(tiny.clip, PROMPT, mode, regions=regions(clip)).result
+    return EncodeRegionalPrompt.execute(tiny.clip, PROMPT, mode, regions=regions(clip)).result[0]
 
 
-def patched(model, layout, *, cross=3.0, own=1.0, end=0.6, levels=""):
+def patched(model, *, cross=3.0, own=1.0, end=0.6, levels=""):
     strengths = {"cross_strength": cross, "self_strength": own, "temporal_strength": 0.0}
-    return STLayoutAttentionPatch.execute(
-        model, layout, start_percent=0.0, end_percent=end, levels=levels, **strengths
-    ).result[0]
+    return STLayoutAttentionPatch.execute(model, start_percent=0.0, end_percent=end, levels=levels, **strengths).result[
+        0
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -64,18 +64,19 @@ def edit(tiny, clip, inverted, model, conditioning):
 
 
 def test_masks_decide_against_the_prompts_order(tiny, clip, inverted):
-    conditioning, layout = encoded(tiny, clip)
+    conditioning = encoded(tiny, clip)
     colours = []
-    for model in (patched(tiny.model, layout), patched(tiny.model, layout, cross=0.0, own=0.0)):
+    for model in (patched(tiny.model), patched(tiny.model, cross=0.0, own=0.0)):
         frames = edit(tiny, clip, inverted, model, conditioning)
         colours.append([pair.colour for pair in instruments.identify(frames, 2)])
     assert colours == [["purple", "cyan"], ["cyan", "purple"]]
 
 
 def test_strength_zero_is_the_plain_edit_bit_for_bit(tiny, clip, inverted):
-    conditioning, layout = encoded(tiny, clip)
+    conditioning = encoded(tiny, clip)
     plain = edit(tiny, clip, inverted, tiny.model, support.encode(tiny, PROMPT))
-    assert torch.equal(plain, edit(tiny, clip, inverted, patched(tiny.model, layout, cross=0, own=0), conditioning))
+    assert torch.equal(plain, edit(tiny, clip, inverted, patched(tiny.model, cross=0, own=0), conditioning))
+    assert torch.equal(plain, edit(tiny, clip, inverted, tiny.model, conditioning))  # nor does it without the patch
 
 
 def test_regions_chain_in_their_order(clip):
@@ -85,13 +86,13 @@ def test_regions_chain_in_their_order(clip):
 
 
 def test_open_regions_are_a_plain_prompt(tiny):
-    conditioning, layout = EncodeRegionalPrompt.execute(tiny.clip, PROMPT, "paper").result
+    (conditioning,) = EncodeRegionalPrompt.execute(tiny.clip, PROMPT, "paper").result
     assert torch.equal(conditioning[0][0], support.encode(tiny, PROMPT)[0][0])
-    assert isinstance(layout, Layout) and layout.regions == ()
+    assert conditioning[0][1][LAYOUT].regions == ()
 
 
 def test_released_splices_the_phrases(tiny, clip):
-    paper, released = (encoded(tiny, clip, mode)[0] for mode in ("paper", "released"))
+    paper, released = (encoded(tiny, clip, mode) for mode in ("paper", "released"))
     assert not torch.equal(paper[0][0], released[0][0])
 
 
@@ -197,21 +198,21 @@ def test_masks_of_attention_edit_as_masks_do(tiny, clip, inverted):
     for mask, phrase in ((clip.mask_1, LEFT), (clip.mask_2, RIGHT)):
         lines[number_of(clip, every, mask) - 1] = phrase
     named = found(clip, inverted, "\n".join(lines))[0]
-    conditioning, layout = EncodeRegionalPrompt.execute(tiny.clip, PROMPT, "paper", regions=named).result
-    frames = edit(tiny, clip, inverted, patched(tiny.model, layout), conditioning)
+    (conditioning,) = EncodeRegionalPrompt.execute(tiny.clip, PROMPT, "paper", regions=named).result
+    frames = edit(tiny, clip, inverted, patched(tiny.model), conditioning)
     assert [pair.colour for pair in instruments.identify(frames, 2)] == ["purple", "cyan"]
 
 
 def test_token_attention_is_shown_before_and_after(tiny, clip, inverted):
-    conditioning, layout = encoded(tiny, clip)
-    arguments = inverted[1][0], clip.images, conditioning, layout, RIGHT, 0.1
+    conditioning = encoded(tiny, clip)
+    arguments = inverted[1][0], clip.images, conditioning, RIGHT, 0.1
     alone, _ = PreviewTokenAttention.execute(*arguments).result
-    both, attention = PreviewTokenAttention.execute(*arguments, model=patched(tiny.model, layout)).result
+    both, attention = PreviewTokenAttention.execute(*arguments, model=patched(tiny.model)).result
     assert alone.shape == clip.images.shape and both.shape[2] == 2 * alone.shape[2]
     assert float(attention.max()) == 1 and attention.shape == clip.mask_1.shape
     assert attention[clip.mask_2 > 0.5].mean() > 2 * attention[clip.mask_1 > 0.5].mean()
     with pytest.raises(ValueError, match="phrase 'a green dog' in the prompt"):
-        PreviewTokenAttention.execute(*arguments[:4], "a green dog", 0.1)
+        PreviewTokenAttention.execute(*arguments[:3], "a green dog", 0.1)
     with pytest.raises(ValueError, match="images: they are 3, the trajectory has 8 frames"):
         PreviewTokenAttention.execute(arguments[0], clip.images[:3], *arguments[2:])
 

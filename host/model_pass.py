@@ -1,0 +1,346 @@
+"""One model call of our own: a conditioning, a latent and a sigma, with listeners, on the clip or on a window of it.
+
+The guider's own predictions go the host's way, with whatever other packs have put around it. What is asked here is
+asked for its attention: without step caches, which would answer in the network's place, and checked to have run the
+network once, on all frames.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import comfy.model_management
+import comfy.samplers
+import torch
+from comfy.context_windows import IndexListContextHandler, IndexListContextWindow
+from comfy.model_patcher import create_model_options_clone
+from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
+from torch import Tensor
+
+from ..core.parametrization import noise_fraction
+from ..core.trajectory import Trajectory
+from .attention_call import RETAINED, SOURCE_RUN, shown_frames
+from .attention_tap import ONE_GPU, AttentionTap, Listener, until_enough_seen
+from .families import Kind
+
+HANDLER = "context_handler"
+"""Key of the host's context windows in the options of a model."""
+PASS = "spacetime_edit_pass"
+CACHED = (WrappersMP.DIFFUSION_MODEL, WrappersMP.CALC_COND_BATCH, WrappersMP.PREDICT_NOISE, WrappersMP.OUTER_SAMPLE)
+"""Where step caches put their wrappers."""
+
+
+# --- step caches --------------------------------------------------------
+
+
+def caches_in(model_options: dict, wrappers: Mapping = {}) -> set[str]:
+    """Names of the step caches (EasyCache, LazyCache and their kind) in the options of a model, and in its wrappers."""
+    inner = model_options.get("transformer_options", {})
+    places = (inner.get("wrappers", {}), wrappers)
+    found = {name for own in places for place in CACHED for name in own.get(place, {}) if _is_cache(name)}
+    return found or {name for name in inner if _is_cache(name)}
+
+
+def without_caches(model):
+    """(a clone of a ModelPatcher without its step caches, their names); the model itself where it has none."""
+    names = caches_in(model.model_options, model.wrappers)
+    if not names:
+        return model, names
+    bare = model.clone()
+    bare.model_options = _uncached(bare.model_options)
+    for place in CACHED:
+        for name in names:
+            bare.remove_wrappers_with_key(place, name)
+    return bare, names
+
+
+def _is_cache(name: object) -> bool:
+    return isinstance(name, str) and "cache" in name.lower()
+
+
+def _uncached(model_options: dict) -> dict:
+    """A copy of the options of a model without step caches."""
+    options = create_model_options_clone(model_options)
+    inner = options.setdefault("transformer_options", {})
+    for name in [name for name in inner if _is_cache(name)]:
+        del inner[name]
+    for place in CACHED:
+        own = inner.get("wrappers", {}).get(place, {})
+        for name in [name for name in own if _is_cache(name)]:
+            del own[name]
+    return options
+
+
+# --- context windows ----------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Window:
+    """What a pass sees of a run: the whole clip, or of long ones the frames of one of the host's context windows.
+
+    conds: by name, what they hold for each frame cut to these frames.
+    """
+
+    conds: Mapping[str, list[dict]]
+    handler: IndexListContextHandler | None = None
+    own: IndexListContextWindow | None = None
+
+    @cached_property
+    def frames(self) -> list[int] | None:
+        """Latent frames of the clip that it shows, in its order; None: all."""
+        if self.own is None:
+            return None
+        return list(shown_frames(self.own, self.handler.latent_retain_index_list))
+
+    def options(self, model_options: dict) -> dict:
+        """A copy of the options of a run, or of another model of it, for a pass on these frames."""
+        options = create_model_options_clone(model_options)
+        options.pop(HANDLER, None)
+        if self.own is not None:
+            inner = options.setdefault("transformer_options", {})
+            inner["context_window"], inner[RETAINED] = self.own, tuple(self.handler.latent_retain_index_list)
+        return options
+
+    def of(self, latent: Tensor) -> Tensor:
+        """The frames of a latent that it shows."""
+        if self.own is None:
+            return latent
+        return self.own.get_tensor(latent, latent.device, retain_index_list=self.handler.latent_retain_index_list)
+
+    def of_mask(self, mask: Tensor) -> Tensor:
+        """Of a mask (F, h, w)."""
+        return mask if self.own is None else mask[self.frames]
+
+    def own_frames(self, gradient: Tensor) -> Tensor:
+        """A gradient of the frames that it shows, 0 at those that stand in the place of others."""
+        if self.own is None or not self.handler.latent_retain_index_list:
+            return gradient
+        places, dim = self.handler.latent_retain_index_list, self.own.dim
+        return gradient.index_fill(dim, torch.tensor(places, device=gradient.device), 0.0)
+
+
+def by_window(
+    latent: Tensor,
+    sigma: Tensor,
+    base_model,
+    model_options: dict,
+    conds: Mapping[str, list[dict]],
+    names: Sequence[str],
+    compute: Callable[[Window], tuple[Mapping[str, Tensor], Mapping[str, float]]],
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """What `compute` gives for each context window of a run: (latents by these names, numbers), put together.
+
+    Latents are blended by the host's own windows as it blends predictions; numbers are averaged. Without windows, or of
+    a clip that fits into one, compute is asked once. sigma: scalar. conds: of the run, by name.
+    """
+    handler = model_options.get(HANDLER)
+    everything, sigmas = list(conds.values()), sigma * latent.new_ones(latent.shape[0])
+    if handler is None or not handler.should_use_context(base_model, everything, latent, sigmas, model_options):
+        found, numbers = compute(Window(conds))
+        return dict(found), dict(numbers)
+    said: list[Mapping[str, float]] = []
+    slots = everything + [None] * max(0, len(names) - len(everything))
+
+    def of_window(model, own_conds, x, timestep, run_options):
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        own = {name: own_conds[i] for i, name in enumerate(conds)}
+        found, numbers = compute(Window(own, handler, run_options["transformer_options"]["context_window"]))
+        said.append(numbers)
+        made = [found[name] for name in names]
+        return made + [torch.zeros_like(x)] * (len(slots) - len(made))
+
+    blended = handler.execute(of_window, base_model, slots, latent, sigmas, create_model_options_clone(model_options))
+    numbers = {name: sum(each[name] for each in said) / len(said) for name in said[0]}
+    return dict(zip(names, blended, strict=False)), numbers
+
+
+def check_handler(model_options: dict) -> None:
+    """ValueError for a context handler whose windows are not known here."""
+    handler = model_options.get(HANDLER)
+    if handler is not None and not isinstance(handler, IndexListContextHandler):
+        raise ValueError(
+            f"model: its context windows are of a kind ({type(handler).__name__}) in which no gradient is taken; use "
+            f"ComfyUI's own, or Sample from Trajectory"
+        )
+
+
+def check_windows(model_options: dict, of_source: dict) -> None:
+    """ValueError for a context handler of another kind, or in one of two models only."""
+    for options in (model_options, of_source):
+        check_handler(options)
+    if (HANDLER in model_options) != (HANDLER in of_source):
+        raise ValueError(
+            "model: only one of the inverted model and the edit's has context windows; put the node before both"
+        )
+
+
+def at_step(model_options: dict, sigma: Tensor, step: int) -> dict:
+    """The options of a run for a sigma of no schedule: context windows are those of step number `step`."""
+    if HANDLER not in model_options:
+        return model_options
+    options = create_model_options_clone(model_options)
+    sigmas = torch.full((step + 1,), -1.0)
+    sigmas[step] = float(sigma)
+    options.setdefault("transformer_options", {})["sample_sigmas"] = sigmas.to(sigma.device)
+    return options
+
+
+def as_source(model):
+    """A clone of a ModelPatcher for runs that see the source clip: region patches are inactive in them."""
+    marked = model.clone()
+    marked.model_options.setdefault("transformer_options", {})[SOURCE_RUN] = True
+    return marked
+
+
+# --- the pass -----------------------------------------------------------
+
+
+def call_model(
+    base_model,
+    conds: list[dict],
+    x: Tensor,
+    sigma: Tensor,
+    model_options: dict,
+    *,
+    tap: AttentionTap | None = None,
+    needs: frozenset[Kind] = frozenset(),
+    source: bool = False,
+) -> Tensor | None:
+    """The prediction of x0 for one list of processed conditionings, or None where a listener of `tap` ended it early.
+
+    model_options: of a run on the frames of x, such as `Window.options`; step caches are left out. tap: hears the
+    attention; then the network must run once, on all frames, and some attention of the kinds in `needs` must reach it.
+    source: the pass sees the source clip, so region patches are inactive. ValueError where one of this does not hold.
+    """
+    if "multigpu_clones" in model_options:
+        raise ValueError(ONE_GPU)
+    options = for_pass(model_options, source)
+    sigmas = sigma * x.new_ones(x.shape[0])
+    once = None if tap is None else _Once(x, options)
+    if once is not None:
+        options = once.install(tap.install(options))
+    made = until_enough_seen(lambda: comfy.samplers.calc_cond_batch(base_model, [conds], x, sigmas, options)[0])
+    if once is not None:
+        once.check(tap, needs)
+    return made
+
+
+def for_pass(model_options: dict, source: bool) -> dict:
+    """A copy of the options of a run for a pass on the source clip or on the edit, without step caches."""
+    options = _uncached(model_options)
+    inner = options["transformer_options"]
+    inner.pop(SOURCE_RUN, None)
+    if source:
+        inner[SOURCE_RUN] = True
+    return options
+
+
+class _Once:
+    """Watches that a pass runs the network once, on all frames of its latent."""
+
+    def __init__(self, x: Tensor, model_options: dict):
+        self._shape, self._calls = x.shape, 0
+        wrappers = model_options["transformer_options"].get("wrappers", {})
+        self._others = [str(name) for name in wrappers.get(WrappersMP.CALC_COND_BATCH, {}) if "spacetime" not in name]
+
+    def install(self, options: dict) -> dict:
+        add_wrapper_with_key(WrappersMP.APPLY_MODEL, PASS, self._count, options, is_model_options=True)
+        return options
+
+    def _count(self, executor, x, *args, **kwargs):
+        self._calls += 1
+        frames = 0 if x.ndim == 4 else 2
+        if self._calls > 1 or x.shape[frames] != self._shape[frames]:
+            others = f" ({', '.join(self._others)})" if self._others else ""
+            raise ValueError(
+                f"model: another pack{others} calls it several times for one prediction, or on some of the frames "
+                f"only, as AnimateDiff-Evolved's context options do; use ComfyUI's Context Windows (Manual) instead, "
+                f"or Sample from Trajectory"
+            )
+        return executor(x, *args, **kwargs)
+
+    def check(self, tap: AttentionTap, needs: frozenset[Kind]) -> None:
+        if self._calls != 1 or not tap.entered:
+            raise ValueError(
+                "model: its network did not run, since a node of another pack answers in its place (a step cache such "
+                "as TeaCache or MagCache); remove that node from the model of this edit"
+            )
+        if needs and not tap.heard_kinds & needs:
+            raise ValueError(
+                "model: its attention does not reach this node, since another pack replaces it (such as Sage attention "
+                "that is patched into all of ComfyUI, or an attention replacement in every block); remove that node"
+            )
+
+
+def leading_cond(conds: list[dict], sigma: Tensor, name: str) -> dict:
+    """The first conditioning that is active at `sigma` over the whole frame; its attention maps stand for the clip."""
+    for cond in conds:
+        starts, ends = cond.get("timestep_start"), cond.get("timestep_end")
+        active = (starts is None or sigma <= starts) and (ends is None or sigma >= ends)
+        if active and "area" not in cond:
+            return cond
+    raise ValueError(
+        f"{name}: no conditioning covers the whole frame at sigma {float(sigma):.4g}; connect one without an area "
+        f"whose timestep range covers the whole edit"
+    )
+
+
+# --- a look at the inverted clip ----------------------------------------
+
+
+def nearest_step(trajectory: Trajectory, percent: float) -> int:
+    """Index of the noise level of the trajectory, above 0, whose progress of denoising is nearest to `percent`."""
+    if not 0 <= percent <= 1:
+        raise ValueError(f"percent: it is {percent}; expected a number from 0 to 1")
+    of_percent = trajectory.model.get_model_object("model_sampling").percent_to_sigma
+    away = [abs(1 - noise_fraction(float(sigma), of_percent) - percent) for sigma in trajectory.sigmas[:-1]]
+    return away.index(min(away))
+
+
+def show_to(
+    listener: Listener,
+    trajectory: Trajectory,
+    percent: float,
+    needs: frozenset[Kind],
+    *,
+    model=None,
+    positive: list | None = None,
+) -> None:
+    """Calls the model once on the inverted latent nearest to `percent`; `listener` gets every attention call.
+
+    model, positive: another ModelPatcher than the inverted one, with its patches, and the prompt of an edit; None: the
+    source is seen as it was inverted. needs: see `call_model`.
+    """
+    step = nearest_step(trajectory, percent)
+    asked, _ = without_caches(model or trajectory.model)
+    guider = comfy.samplers.CFGGuider(as_source(asked) if positive is None else asked)
+    guider.inner_set_conds({"positive": positive or trajectory.conditioning})
+    empty = torch.zeros(trajectory.shape)
+    sampler = _OneCall(trajectory.latents[step], AttentionTap(asked, [listener]), needs, source=positive is None)
+    guider.sample(empty, empty, sampler, trajectory.sigmas[step:], disable_pbar=True, seed=0)
+
+
+class _OneCall(comfy.samplers.Sampler):
+    """Calls the model once on a latent; samples nothing."""
+
+    def __init__(self, latent: Tensor, tap: AttentionTap, needs: frozenset[Kind], source: bool):
+        self._latent, self._tap, self._needs, self._source = latent, tap, needs, source
+
+    def sample(
+        self,
+        model_wrap,
+        sigmas,
+        extra_args,
+        callback,
+        noise,
+        latent_image=None,
+        denoise_mask=None,
+        disable_pbar=False,
+    ):
+        whose = "positive of Invert Video" if self._source else "positive"
+        cond, options = leading_cond(model_wrap.conds["positive"], sigmas[0], whose), extra_args["model_options"]
+        x = self._latent.to(noise)
+        call_model(
+            model_wrap.inner_model, [cond], x, sigmas[0], options, tap=self._tap, needs=self._needs, source=self._source
+        )
+        return noise
