@@ -176,7 +176,7 @@ def st_layout(block: Block) -> None:
     graph.column()
     trajectory = inversion(graph, model, source, latent["LATENT"], block.take("steps", "INT", 50))
     strengths = {name: block.take(name, "FLOAT", 1.0) for name in ("cross_strength", "self_strength")}
-    patched = graph.add("STE_STLayoutAttentionPatch", model=model["MODEL"], layout=positive["layout"], **strengths)
+    patched = graph.add("STE_STLayoutAttentionPatch", model=model["MODEL"], **strengths)
     where = {"trajectory": trajectory["trajectory"], "mask": seen["mask"]}
     sampler = graph.add("STE_SampleFromTrajectory", **where)
     inverted = Source({"MODEL": patched["model"]}, latent["LATENT"], trajectory)

@@ -204,7 +204,7 @@ def regions(graph: Graph, name: str) -> None:
     positive, patched = edit_regions(graph, source, clip, chain, use.REGIONS_PROMPT, name, mask=seen["mask"])
     graph.group("Where its words act")
     look = {"trajectory": source.trajectory["trajectory"], "images": clip["images"], "model": patched["model"]}
-    look |= {"positive": positive["conditioning"], "layout": positive["layout"], "words": use.REGIONS_PHRASES[0]}
+    look |= {"positive": positive["conditioning"], "words": use.REGIONS_PHRASES[0]}
     graph.add("STE_PreviewTokenAttention", **look)
 
 
@@ -323,8 +323,7 @@ def edit_regions(
     positive = graph.add("STE_EncodeRegionalPrompt", "Prompt: the edit", "green", **text)
     negative = graph.add("CLIPTextEncode", "Negative prompt", "red", text="", clip=model["CLIP"])
     graph.column()
-    patch = {"model": model["MODEL"], "layout": positive["layout"], **use.TINY_LAYOUT}
-    patched = graph.add("STE_STLayoutAttentionPatch", **patch)
+    patched = graph.add("STE_STLayoutAttentionPatch", model=model["MODEL"], **use.TINY_LAYOUT)
     where = {} if mask is None else {"mask": mask}
     if matching:
         options = use.TINY_MATCHING | {"dilation": dilation}

@@ -120,7 +120,7 @@ def edit_by_boxes(graph: Graph, model: dict, parts: Node, clip: Node, name: str,
     positive = graph.add("STE_EncodeRegionalPrompt", "Prompt: the edit", "green", **text)
     negative = graph.add("CLIPTextEncode", "Negative prompt", "red", text="", clip=model["CLIP"])
     graph.column()
-    patched = graph.add("STE_STLayoutAttentionPatch", model=model["MODEL"], layout=positive["layout"])
+    patched = graph.add("STE_STLayoutAttentionPatch", model=model["MODEL"])
     where = {"trajectory": trajectory["trajectory"], "mask": seen["mask"]}
     sampler = graph.add("STE_SampleFromTrajectory", **where)
     source = Source({"MODEL": patched["model"]}, latent["LATENT"], trajectory)
@@ -277,7 +277,7 @@ def sd15(graph: Graph, name: str, *, tracked: bool, told: Told = OBJECTS) -> Non
     graph.column()
     pair = {"positive": positive["conditioning"], "negative": negative["CONDITIONING"]}
     held = graph.add("ControlNetApplyAdvanced", **pair, **control)
-    patched = graph.add("STE_STLayoutAttentionPatch", model=inflated["model"], layout=positive["layout"])
+    patched = graph.add("STE_STLayoutAttentionPatch", model=inflated["model"])
     sampler = graph.add("STE_SampleFromTrajectory", trajectory=trajectory["trajectory"], mask=mask)
     source = Source({"MODEL": patched["model"]}, latent["LATENT"], trajectory)
     conds = {"CONDITIONING": held["positive"]}, {"CONDITIONING": held["negative"]}
