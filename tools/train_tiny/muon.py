@@ -89,6 +89,10 @@ class Muon:
         return {"adam": self.adam.state_dict(), "moments": self.moments}
 
     def load_state_dict(self, state: dict) -> None:
+        """The rates stay: each step is given its own."""
+        rates = [group["lr"] for group in self.adam.param_groups]
         self.adam.load_state_dict(state["adam"])
+        for group, rate in zip(self.adam.param_groups, rates, strict=True):
+            group["lr"] = rate
         for mine, saved in zip(self.moments, state["moments"], strict=True):
             mine.copy_(saved)

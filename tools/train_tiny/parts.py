@@ -14,7 +14,7 @@ from diffusers.models.transformers.transformer_temporal import TransformerTempor
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from .words import END, POSITIONS, START, VOCABULARY, token_ids
+from .words import END, POSITIONS, SHAPE_WORLD, START, Vocabulary
 
 SCALING = 0.18215
 WIDTH = 64  # of the text encoder
@@ -88,18 +88,18 @@ def with_coarse_attention(unet: UNet3DConditionModel) -> UNet3DConditionModel:
     return wider
 
 
-def make_text_encoder() -> CLIPTextModel:
+def make_text_encoder(vocabulary: Vocabulary = SHAPE_WORLD) -> CLIPTextModel:
     return CLIPTextModel(
         CLIPTextConfig(
-            vocab_size=len(VOCABULARY),
+            vocab_size=len(vocabulary),
             hidden_size=WIDTH,
             intermediate_size=2 * WIDTH,
             num_hidden_layers=2,
             num_attention_heads=4,
             max_position_embeddings=POSITIONS,
-            bos_token_id=VOCABULARY[START],
-            eos_token_id=VOCABULARY[END],
-            pad_token_id=VOCABULARY[END],
+            bos_token_id=vocabulary.numbers[START],
+            eos_token_id=vocabulary.numbers[END],
+            pad_token_id=vocabulary.numbers[END],
             projection_dim=WIDTH,
         )
     )
@@ -116,27 +116,27 @@ def read_unet(folder: Path) -> UNet3DConditionModel:
     )
 
 
-def read_text_encoder(folder: Path) -> CLIPTextModel:
+def read_text_encoder(folder: Path, vocabulary: Vocabulary = SHAPE_WORLD) -> CLIPTextModel:
     """The text encoder of a diffusers folder, the rows of its embedding moved to our numbers.
 
     Words that the folder lacks begin near the mean of those that it has.
     """
     folder = Path(folder)
-    vocabulary = json.loads((folder / "tokenizer" / "vocab.json").read_text(encoding="utf-8"))
+    there = json.loads((folder / "tokenizer" / "vocab.json").read_text(encoding="utf-8"))
     saved = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", torch_dtype=torch.float32)
-    old, encoder = saved.get_input_embeddings().weight.detach(), make_text_encoder()
-    known = {token: old[number] for token, number in vocabulary.items() if old[number].any()}  # letters are zero
+    old, encoder = saved.get_input_embeddings().weight.detach(), make_text_encoder(vocabulary)
+    known = {token: old[number] for token, number in there.items() if old[number].any()}  # letters are zero
     table = torch.stack(list(known.values()))
-    new = table.mean(0) + 0.5 * table.std() * torch.randn(len(VOCABULARY), WIDTH)
-    rows = torch.stack([known.get(token, new[number]) for token, number in VOCABULARY.items()])
+    new = table.mean(0) + 0.5 * table.std() * torch.randn(len(vocabulary), WIDTH)
+    rows = torch.stack([known.get(token, new[number]) for token, number in vocabulary.numbers.items()])
     state = {name: rows if value.shape == old.shape else value for name, value in saved.state_dict().items()}
     encoder.load_state_dict(state)
     return encoder
 
 
-def ids_of(captions: Iterable[str]) -> Tensor:
+def ids_of(captions: Iterable[str], vocabulary: Vocabulary = SHAPE_WORLD) -> Tensor:
     """(B, 24)."""
-    return torch.tensor([token_ids(caption) for caption in captions])
+    return torch.tensor([vocabulary.token_ids(caption) for caption in captions])
 
 
 def encode_text(encoder: CLIPTextModel, ids: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -75,9 +76,12 @@ class Weighting:
     alphas: Tensor
 
     @classmethod
-    def of(cls, noisy: float) -> Weighting:
-        """noisy: p in (1 + 1 / SNR)^p. The square root of the weight of v's error goes into the density."""
-        alphas = alphas_cumprod()
+    def of(cls, noisy: float, alphas: Tensor | None = None) -> Weighting:
+        """noisy: p in (1 + 1 / SNR)^p; alphas: of another schedule than `parts.SCHEDULE`.
+
+        The square root of the weight of v's error goes into the density.
+        """
+        alphas = alphas_cumprod() if alphas is None else alphas
         snr = alphas / (1 - alphas)
         weight = snr.clamp(max=GAMMA) * (1 + 1 / snr) ** noisy / (1 + snr)
         density = weight.sqrt() / weight.sqrt().mean()
@@ -135,15 +139,18 @@ def squared_errors(model: nn.ModuleDict, batch: Batch, t: Tensor, noise: Tensor,
 # --- the run ------------------------------------------------------------
 
 
+def held_out_batches(vae) -> list[Batch]:
+    """The clips that every run is judged by."""
+    generator = np.random.default_rng(HELD_OUT_SEED)
+    return [make_batch(generator, vae, 8, frames) for frames in (*(8,) * (HELD_OUT_CLIPS // 8), 16)]
+
+
 class HeldOut:
     """The same clips, times and noises at every call: losses of two moments compare."""
 
-    def __init__(self, vae, weighting: Weighting, device: torch.device | str = "cpu"):
-        generator = np.random.default_rng(HELD_OUT_SEED)
+    def __init__(self, batches: Iterable[Batch], weighting: Weighting, device: torch.device | str = "cpu"):
         self.weighting = weighting.to(device)
-        self.batches = [make_batch(generator, vae, 8, 8) for _ in range(HELD_OUT_CLIPS // 8)]
-        self.batches.append(make_batch(generator, vae, 8, 16))
-        self.batches = [Batch(*(x.to(device) for x in (b.ids, b.latents, b.masks))) for b in self.batches]
+        self.batches = [Batch(*(x.to(device) for x in (b.ids, b.latents, b.masks))) for b in batches]
 
     @torch.no_grad()
     def loss(self, model: nn.ModuleDict) -> float:
@@ -207,7 +214,7 @@ def train(rank: int, arguments: argparse.Namespace, meeting: str) -> None:
         optimiser.load_state_dict(saved["optimiser"])
         average, step, before = saved["average"], saved["step"], saved["seconds"]
     weighting = Weighting.of(arguments.noisy)
-    held_out = HeldOut(vae, weighting) if rank == 0 else None
+    held_out = HeldOut(held_out_batches(vae), weighting) if rank == 0 else None
     generator = np.random.default_rng([arguments.seed, rank, step])
     torch.manual_seed(arguments.seed + 1000 * rank + step)
     start = saved_at = time.monotonic()

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
@@ -39,6 +39,7 @@ from spacetime_edit.tools.train_tiny.train_unet import (
     Weighting,
     clip_latents,
     coarse_masks,
+    held_out_batches,
     keep_best,
     make_model,
     squared_errors,
@@ -80,15 +81,18 @@ def draw(generator: np.random.Generator, clips: int, frames: int) -> tuple[Tenso
 
 
 class Trainer:
-    """The model, what moves it, and one graph a number of frames."""
+    """The model, what moves it, and one graph a number of frames.
+
+    A trainer of another world overrides `make_weighting`, `held_out_batches` and `make_model`.
+    """
 
     def __init__(self, arguments: argparse.Namespace, device: torch.device):
         self.arguments, self.device = arguments, device
         self.vae = read_vae(arguments.run).requires_grad_(False).eval()
-        self.weighting = Weighting.of(arguments.noisy)
-        self.held_out = HeldOut(self.vae, self.weighting, device)
+        self.weighting = self.make_weighting()
+        self.held_out = HeldOut(self.held_out_batches(), self.weighting, device)
         self.vae.to(device)
-        model, self.configuration = make_model(arguments)
+        model, self.configuration = self.make_model()
         self.model = model.to(device)
         named = list(self.model.named_parameters())
         self.parameters = [p for _, p in named]
@@ -98,6 +102,17 @@ class Trainer:
         self.on_card = self.weighting.to(device)
         self.losses: dict[int, Tensor] = {}
         self.graphs: dict[int, tuple[tuple[Tensor, ...], torch.cuda.CUDAGraph]] = {}
+
+    def make_weighting(self) -> Weighting:
+        return Weighting.of(self.arguments.noisy)
+
+    def held_out_batches(self) -> list[Batch]:
+        """On the CPU, where the VAE is."""
+        return held_out_batches(self.vae)
+
+    def make_model(self) -> tuple[nn.ModuleDict, dict]:
+        """The U-Net and the text encoder, and the configuration that their checkpoints name."""
+        return make_model(self.arguments)
 
     def step(self, frames: int, ids: Tensor, images: Tensor, masks: Tensor, t: Tensor) -> None:
         """One step of training, nothing of which waits for the card."""
@@ -145,7 +160,7 @@ class Trainer:
         graph = torch.cuda.CUDAGraph()
         for parameter in self.parameters:
             parameter.grad = None
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # another thread pins batches meanwhile
             self.step(frames, *static)
         print(f"graph of {frames} frames after {time.monotonic() - began:.1f} s", flush=True)
         return graph

@@ -14,6 +14,7 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,9 @@ SAVE_SECONDS = 60
 HELD_OUT_SEED = 10_000
 HELD_OUT_FRAMES = 512
 
+FramesOf = Callable[[np.random.Generator, int], tuple[Tensor, Tensor]]
+"""n frames (B, 3, 64, 64) of a world, and the union of their objects (B, 1, 64, 64)."""
+
 
 def frames_of(generator: np.random.Generator, n: int) -> tuple[Tensor, Tensor]:
     _, frames, masks = sample_batch(generator, n, 1)
@@ -54,7 +58,7 @@ def loss_of(vae, frames: Tensor, masks: Tensor, noise: float, covariance: float)
     values = latents.movedim(1, 0).flatten(1)
     centred = values - values.mean(1, keepdim=True)
     spread = centred @ centred.mT / values.shape[1]
-    unit = (spread - torch.eye(len(spread))).square().sum() + values.mean(1).square().sum()
+    unit = (spread - torch.eye(len(spread), device=spread.device)).square().sum() + values.mean(1).square().sum()
     y = vae.decode((latents + noise * torch.randn_like(latents)) / SCALING).sample
     weight = 1 + 2 * max_pool2d(((masks > 0.03) & (masks < 0.97)).float(), 3, 1, 1)
     error = y - x
@@ -83,14 +87,14 @@ def whiten(vae, frames: Tensor) -> None:
 
 
 @torch.no_grad()
-def score(vae) -> float:
+def score(vae, frames_of: FramesOf = frames_of) -> float:
     """Mean PSNR in dB over the same held-out frames of every call."""
     frames, _ = frames_of(np.random.default_rng(HELD_OUT_SEED), HELD_OUT_FRAMES)
     decoded = torch.cat([decode(vae, encode(vae, part)) for part in frames.split(64)])
     return float(np.mean([psnr_db(a, b) for a, b in zip(decoded, frames, strict=True)]))
 
 
-def train(vae, arguments: argparse.Namespace, path: Path) -> None:
+def train(vae, arguments: argparse.Namespace, path: Path, frames_of: FramesOf = frames_of) -> None:
     configuration = {"channels": list(vae.config.block_out_channels), "init": arguments.init}
     named = list(vae.named_parameters())
     optimiser = Muon(named, ("conv_in", "conv_out", "quant_conv"))
@@ -128,8 +132,8 @@ def train(vae, arguments: argparse.Namespace, path: Path) -> None:
             parameter.copy_(mean)
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_arguments(description: str | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="folder of the run")
     parser.add_argument("--init", default="", help="diffusers folder to begin from; empty: random weights")
     parser.add_argument("--minutes", type=float, default=12.0)
@@ -143,17 +147,20 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> int:
-    arguments = parse_arguments()
+def main(
+    frames_of: FramesOf = frames_of, channels: tuple[int, int, int] = (8, 24, 48), description: str | None = __doc__
+) -> int:
+    """The command, for a world's frames. channels: of a VAE of random weights."""
+    arguments = parse_arguments(description)
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(arguments.seed)
     arguments.run.mkdir(parents=True, exist_ok=True)
-    vae = read_vae(arguments.init) if arguments.init else make_vae()
+    vae = read_vae(arguments.init) if arguments.init else make_vae(channels)
     vae.train()
-    train(vae, arguments, arguments.run / "vae.pt")
+    train(vae, arguments, arguments.run / "vae.pt", frames_of)
     vae.eval()
     whiten(vae, frames_of(np.random.default_rng(arguments.seed + 1), 1024)[0])
-    reached, report = score(vae), arguments.run / "vae.json"
+    reached, report = score(vae, frames_of), arguments.run / "vae.json"
     there = json.loads(report.read_text())["psnr_db"] if report.exists() else -np.inf
     print(f"held-out frames {reached:.2f} dB")
     if there > reached:
