@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable
 from torch.nn import Module
 
 SLOT = "actual_attention"
+SETTINGS = "ADE_params"
+"""Key of that pack's settings among a ModelPatcher's attachments."""
 PARAMETERS = "ad_params"
 """Key of that pack's account of a run in the transformer_options."""
 
@@ -20,6 +22,12 @@ def window_of(options: dict) -> tuple[tuple[int, ...], int] | None:
     parameters = options.get(PARAMETERS) or {}
     frames = parameters.get("sub_idxs")
     return None if frames is None else (tuple(frames), parameters["full_length"])
+
+
+def window_length(model) -> int | None:
+    """Frames of that pack's own windows (its context options) on a ModelPatcher; None where it has none."""
+    options = getattr(model.attachments.get(SETTINGS), "context_options", None)
+    return getattr(options, "context_length", None)
 
 
 class _Bridge:

@@ -64,7 +64,8 @@ class ModelRun:
 
     @property
     def network(self) -> Module:
-        return self.base_model.diffusion_model
+        network = self.base_model.diffusion_model
+        return getattr(network, "_orig_mod", network)  # of torch.compile
 
     @property
     def of_source(self) -> bool:

@@ -7,7 +7,7 @@ model runs, which layer is calling.
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 
 import torch
@@ -16,7 +16,7 @@ from torch.nn import Module
 
 from .animatediff import bridged
 from .attention_call import AttentionCall, ModelRun, describe_call, describe_run
-from .families import Kind, Layer, attention_layers, family_of
+from .families import Kind, Layer, attention_layers, family_of, layers_in
 
 KEY = "spacetime_edit_tap"
 ONE_GPU = "model: editing runs on one GPU; remove the multi-GPU node from this model"
@@ -96,6 +96,7 @@ class AttentionTap:
         unheard: Callable[[ModelRun, list[Layer]], None] = lambda run, layers: None,
     ):
         self._layers, self._family = attention_layers(model), family_of(model)
+        self._network = model.model.diffusion_model
         self._listeners = tuple(listeners)
         self._differentiable, self._acts_in, self._unheard = differentiable, acts_in, unheard
         self._stack: list[_Entered] = []
@@ -117,9 +118,10 @@ class AttentionTap:
         options = transformer_options or {}
         if "multigpu_thread_device" in options:  # threads would share this tap's account of the run
             raise ValueError(ONE_GPU)
-        kinds = frozenset(layer.kind for layer in self._layers.values())
-        run = describe_run(self._family, kinds, executor.class_obj, x, t, options, kw)
-        if not self._acts_in(run):
+        base_model = executor.class_obj
+        fits = self._family.fits(base_model)  # a guider may call a second model with the options of the first
+        run = describe_run(self._family, self._kinds, base_model, x, t, options, kw) if fits else None
+        if run is None or not self._acts_in(run):
             return executor(x, t, c_concat, c_crossattn, control, options, **kw)
         previous = options.get("optimized_attention_override")
         override = lambda func, *a, **k: self._attention(previous, func, *a, **k)  # noqa: E731
@@ -140,7 +142,7 @@ class AttentionTap:
         replaced = {kind for kind, name in REPLACED.items() if stands_in.get(name)}
         return [
             layer
-            for path, layer in self._layers.items()
+            for path, layer in self._layers_in(run.network).items()
             if path not in self.heard and (path in self._entered or layer.kind in replaced)
         ]
 
@@ -175,10 +177,11 @@ class AttentionTap:
         before, token = (self._run, self._stack), None
         handles: list = []
         try:
-            paths = [path for path in self._layers if not block or path.startswith(f"{block}.")]
+            layers = self._layers_in(run.network)
+            paths = [path for path in layers if not block or path.startswith(f"{block}.")]
             modules = {path: run.network.get_submodule(path) for path in paths}
-            handles.extend(handle for path, module in modules.items() for handle in self._hooked(path, module))
-            self._run, self._stack = run, [_Entered(self._layers[block])] if block in self._layers else []
+            handles.extend(handle for path in paths for handle in self._hooked(layers[path], modules[path]))
+            self._run, self._stack = run, [_Entered(layers[block])] if block in layers else []
             self._entered, self.heard = set(), set()
             token = _running.set((*_running.get(), (self, run)))
             with bridged(modules.values(), self._attention):
@@ -190,12 +193,18 @@ class AttentionTap:
             for handle in handles:
                 handle.remove()
 
-    def _hooked(self, path: str, module: Module) -> Iterator:
+    def _layers_in(self, network: Module) -> Mapping[str, Layer]:
+        return self._layers if network is self._network else layers_in(self._family, network)
+
+    @property
+    def _kinds(self) -> frozenset[Kind]:
+        return frozenset(layer.kind for layer in self._layers.values())
+
+    def _hooked(self, layer: Layer, module: Module) -> Iterator:
         """Hooks that put the module on the stack while it runs."""
-        layer = self._layers[path]
 
         def enter(_, inputs):
-            self._entered.add(path)
+            self._entered.add(layer.path)
             self._stack.append(_Entered(layer, inputs))
 
         def leave(*_):

@@ -27,7 +27,7 @@ from .conditioning import check_picture
 from .families import IN_SPACE, Layer, attention_layers, family_of, noise_space, select_blocks
 from .features import FeatureRecorder
 from .gradients import latent_gradients, normal_tensor
-from .latents import check_clip_latent, grid_mask_of, mask_like
+from .latents import check_clip_latent, frame_count, grid_mask_of, mask_like
 from .memory import ActivationMeter, small_tile, with_less_memory
 from .model_pass import Window, at_step, by_window, call_model, check_handler, for_pass, leading_cond, without_caches
 from .node_text import LOG, NodeText
@@ -515,7 +515,7 @@ def optimise(
         if not cond:
             raise ValueError(f"{name}: it holds no prompt; connect a CLIP Text Encode")
         check_picture(model, (about for _, about in cond), name)
-    check_handler(model.model_options)
+    check_handler(model, frame_count(latent))
     if model.get_additional_models_with_key("multigpu"):
         raise ValueError(ONE_GPU)
     if settings.weights.get(RELEVANCE) and (lacking := lacks_for_relevance(model)):

@@ -58,6 +58,11 @@ class Family:
     unseen: float = 1.0
     injected: tuple[str, str] | None = None
 
+    def fits(self, base_model) -> bool:
+        """Whether it describes one of the host's models, by its classes."""
+        network = getattr(base_model.diffusion_model, "_orig_mod", base_model.diffusion_model)  # of torch.compile
+        return type(base_model).__name__ in self.base_model and type(network).__name__ == self.diffusion_model
+
 
 LEVEL = r"(down|mid|up)_blocks?\.(?:(\d+)\.)?"
 TRANSFORMER = LEVEL + r"attentions\.(\d+)\.transformer_blocks\.(\d+)\."
@@ -283,8 +288,7 @@ def family_of(model) -> Family:
     """The row of a ModelPatcher's diffusion model; ValueError for a model that no row describes."""
     names = type(model.model).__name__, type(model.model.diffusion_model).__name__
     for family in FAMILIES:
-        fits = names[0] in family.base_model and names[1] == family.diffusion_model
-        if fits and (family.injected is None or family.injected[0] in model.injections):
+        if family.fits(model.model) and (family.injected is None or family.injected[0] in model.injections):
             return family
     known = ", ".join(f.name for f in FAMILIES)
     raise ValueError(f"model: {names[0]} with {names[1]} is not a supported model family; expected one of: {known}")
@@ -314,8 +318,11 @@ _layers: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # by network: 
 def attention_layers(model) -> Mapping[str, Layer]:
     """All attention modules of a ModelPatcher by path, in the order of the network's modules."""
     family, network = family_of(model), model.model.diffusion_model
-    if family.injected is not None:
-        return _with_guests(family, model)
+    return _with_guests(family, model) if family.injected is not None else layers_in(family, network)
+
+
+def layers_in(family: Family, network: Module) -> Mapping[str, Layer]:
+    """All attention modules of a network by path, in the order of its modules."""
     if network not in _layers:
         _layers[network] = MappingProxyType(_find_layers(family, network))
     return _layers[network]

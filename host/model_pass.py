@@ -19,9 +19,11 @@ from torch import Tensor
 
 from ..core.parametrization import noise_fraction
 from ..core.trajectory import Trajectory
+from .animatediff import window_length
 from .attention_call import RETAINED, SOURCE_RUN, shown_frames
 from .attention_tap import ONE_GPU, AttentionTap, Listener, until_enough_seen
 from .families import Kind
+from .latents import frame_count
 
 HANDLER = "context_handler"
 """Key of the host's context windows in the options of a model."""
@@ -154,9 +156,15 @@ def by_window(
     return dict(zip(names, blended, strict=False)), numbers
 
 
-def check_handler(model_options: dict) -> None:
-    """ValueError for a context handler whose windows are not known here."""
-    handler = model_options.get(HANDLER)
+def check_handler(model, frames: int) -> None:
+    """ValueError for a ModelPatcher that runs so many latent frames in windows which are not known here."""
+    handler, length = model.model_options.get(HANDLER), window_length(model)
+    if length is not None and frames > length:
+        raise ValueError(
+            f"model: AnimateDiff-Evolved's context options run it on {length} of the {frames} frames at a time, so its "
+            f"attention to the whole clip is not seen; use ComfyUI's Context Windows (Manual) instead, or Sample from "
+            f"Trajectory"
+        )
     if handler is not None and not isinstance(handler, IndexListContextHandler):
         raise ValueError(
             f"model: its context windows are of a kind ({type(handler).__name__}) in which no gradient is taken; use "
@@ -164,11 +172,11 @@ def check_handler(model_options: dict) -> None:
         )
 
 
-def check_windows(model_options: dict, of_source: dict) -> None:
-    """ValueError for a context handler of another kind, or in one of two models only."""
-    for options in (model_options, of_source):
-        check_handler(options)
-    if (HANDLER in model_options) != (HANDLER in of_source):
+def check_windows(model, of_source, frames: int) -> None:
+    """ValueError for windows of another kind, or in one of two ModelPatchers only."""
+    for each in (model, of_source):
+        check_handler(each, frames)
+    if (HANDLER in model.model_options) != (HANDLER in of_source.model_options):
         raise ValueError(
             "model: only one of the inverted model and the edit's has context windows; put the node before both"
         )
@@ -312,6 +320,7 @@ def show_to(
     source is seen as it was inverted. needs: see `call_model`.
     """
     step = nearest_step(trajectory, percent)
+    check_handler(model or trajectory.model, frame_count(trajectory.clean))
     asked, _ = without_caches(model or trajectory.model)
     guider = comfy.samplers.CFGGuider(as_source(asked) if positive is None else asked)
     guider.inner_set_conds({"positive": positive or trajectory.conditioning})

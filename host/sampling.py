@@ -35,7 +35,7 @@ from .attention_tap import ONE_GPU
 from .conditioning import check_picture
 from .families import family_of, noise_space
 from .inflation import inflation_of
-from .latents import grid_mask_of, mask_like
+from .latents import frame_count, grid_mask_of, mask_like
 from .model_pass import check_windows
 from .node_text import LOG, NodeText
 from .region_patch import tell_layouts_without_patch
@@ -260,7 +260,8 @@ class TrajectorySampler(comfy.samplers.Sampler):
                 "mask: the latent already carries a noise mask; connect the mask here or set it on the latent, not both"
             )
         if self.before_step:
-            check_windows(model_options, self.trajectory.model.model_options)
+            frames = frame_count(self.trajectory.clean)
+            check_windows(guider.model_patcher, self.trajectory.model, frames)
         if "multigpu_clones" in model_options:
             raise ValueError(ONE_GPU)
         return self.trajectory.offset_of(sigmas)

@@ -140,7 +140,7 @@ def test_every_attention_is_classified(family, model):
         )
         assert len(call.rows) == call.query.shape[0]
         if not family.patched:
-            assert call.grid[1:] in [tuple(side // 2**k for side in family.grid[1:]) for k in range(3)]
+            assert call.grid[1:] in [tuple(side // 2**k for side in family.grid[1:]) for k in range(4)]
             alone, places = call.per_frame, call.grid[1] * call.grid[2]
             of_kind = {"spatial": (places, places), "cross": (places, family.words), "temporal": (call.grid[0],) * 2}
             assert (alone.query.shape[2], alone.key.shape[2]) == of_kind[call.kind]

@@ -24,7 +24,7 @@ import nodes
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
-from comfy_extras.nodes_custom_sampler import Guider_DualCFG
+from comfy_extras.nodes_custom_sampler import Guider_DualCFG, Guider_DualModel
 from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
 from comfy_extras.nodes_perpneg import Guider_PerpNeg, perp_neg
 from spacetime_edit.core.regions import Region
@@ -39,7 +39,16 @@ from spacetime_edit.host.relevance_preview import relevance_of
 from spacetime_edit.host.sampling import TrajectorySampler
 from spacetime_edit.host.token_attention import token_attention
 from spacetime_edit.tests.host import support
-from spacetime_edit.tests.host.tiny_families import BY_NAME, FAST, UNET3D, families_named, smooth
+from spacetime_edit.tests.host.tiny_families import (
+    BY_NAME,
+    DITS,
+    FAST,
+    KNOWN,
+    UNET3D,
+    by_hand,
+    families_named,
+    smooth,
+)
 
 PERCENT = 0.1  # where regions act strongly
 STEPS = 4
@@ -113,11 +122,17 @@ def loaded(name):
             return support.unet3d_model(Path(folder), lambda net: smooth(net, quiet=0.05), "fp32", **UNET3D)
 
 
+@cache
+def second_copy(name):
+    return loaded.__wrapped__(name)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def nothing_kept():
     """The host's patchers must not end with the interpreter."""
     yield
     loaded.cache_clear()
+    second_copy.cache_clear()
     trajectory_of.cache_clear()
 
 
@@ -538,6 +553,14 @@ def perpendicular(graph):
     return guider
 
 
+def two_models(graph):
+    """The negative prompt by a second loaded copy, which the host calls with the first one's options."""
+    guider = Guider_DualModel(graph.model, second_copy(graph.family.name))
+    guider.set_conds(graph.positive, graph.negative)
+    guider.set_cfg(3.0)
+    return guider
+
+
 def middle_first(graph):
     """A guider that gives the host its prompts in an order of its own, and one by one."""
 
@@ -567,6 +590,7 @@ GUIDERS = {
     "DualCFGGuider": (dual, by_dual),
     "DualCFGGuider, nested": (dual_nested, by_nested),
     "PerpNegGuider": (perpendicular, lambda n, m, p: perp_neg(None, p, n, m, 1.5, 3.0)),
+    "DualModelGuider": (two_models, lambda n, m, p: n + 3.0 * (p - n)),
     "a guider that orders prompts otherwise": (middle_first, lambda n, m, p: m + 2.0 * (p - n)),
 }
 
@@ -587,6 +611,19 @@ def test_guiders_modulate_the_regional_prompt_and_no_other(graph, neighbour):
 @every_model
 def test_matching_is_that_of_the_plain_guider(graph, neighbour):
     torch.testing.assert_close(run_str(replace(graph, guider=GUIDERS[neighbour][0])), run_str(graph), **EXACT)
+
+
+@families_named("Wan")
+def test_a_second_model_of_another_kind_is_left_alone(graph):
+    """Of a guider that calls two models with the options of the first."""
+    other = by_hand(KNOWN.WAN21_Vace, DITS["wan"] | {"model_type": "vace", "vace_layers": 1, "vace_in_dim": 96})({})
+    for model in (graph.model, graph.inverted):
+        guider = Guider_DualModel(model, other)
+        guider.set_conds(graph.positive, graph.negative)
+        guider.set_cfg(0.0)
+        found = predicted(graph, guider=guider)
+        expected = predicted(graph, guider=support.guider_of(other, graph.negative))
+        torch.testing.assert_close(found, expected, **EXACT)
 
 
 @every_model
@@ -1100,6 +1137,26 @@ def test_windows_of_another_pack(graph):
         optimise(model, graph.source, graph.positive, graph.negative, long_clip(family), settings, seed=0)
     with pytest.raises(ValueError, match=refused):
         relevance_of(torch.ones(4, 4), 0, trajectory, percent=0.5)
+
+
+@families_named("UNet3D")
+def test_context_options_of_animatediff_are_refused_before_the_first_call(graph):
+    """That pack keeps them with the model; its own wrapper would fail in our passes."""
+    model, calls = graph.inverted.clone(), []
+    model.set_attachments("ADE_params", types.SimpleNamespace(context_options=types.SimpleNamespace(context_length=4)))
+    plain = invert(graph.inverted, graph.source, long_clip(graph.family), sigmas_of(graph, 2), refinements=0)
+    counted = support.CallCounter(model, calls.append).model
+    trajectory, refused = replace(plain, model=counted), "context options run it on 4 of the 8 frames at a time"
+    settings = Distillation(steps=1, weights={SPATIAL: 0.5}, blocks=key_blocks(model))
+    with pytest.raises(ValueError, match=refused):
+        moved_at_first(graph, counted, trajectory, long_clip(graph.family))
+    with pytest.raises(ValueError, match=refused):
+        optimise(counted, graph.source, graph.positive, graph.negative, long_clip(graph.family), settings, seed=0)
+    with pytest.raises(ValueError, match=refused):
+        relevance_of(torch.ones(4, 4), 0, trajectory, percent=0.5)
+    assert calls == []
+    short = replace(plain, latents=plain.latents[:, :4], model=counted)
+    moved_at_first(graph, counted, short, long_clip(graph.family)[:4])  # fits into one window
 
 
 @families_named("UNet3D", "Wan")
