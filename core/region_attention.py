@@ -161,6 +161,8 @@ def _check(query, key, region_query, region_key, mask, blocks, alone) -> None:
         raise ValueError(f"alone: it has shape {tuple(alone.shape)}; expected ({key.shape[2]},)")
     if blocks is not None and sum(blocks) != key.shape[2]:
         raise ValueError(f"blocks: they hold {sum(blocks)} keys, there are {key.shape[2]}")
+    if mask is not None and not mask.is_floating_point():
+        raise ValueError(f"mask: it is {mask.dtype}; expected an additive one, 0 where a key is seen")
     if mask is not None and (mask.ndim != 4 or mask.shape[1] != 1 or mask.shape[3] != key.shape[2]):
         raise ValueError(f"mask: it has shape {tuple(mask.shape)}; expected (B, 1, 1 or N, {key.shape[2]})")
 

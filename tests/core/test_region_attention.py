@@ -240,6 +240,7 @@ def test_strength_follows_the_schedule():
         ({"v": torch.ones(41, 2)}, "region_key: it has 2 regions, region_query 3"),
         ({"blocks": [1, 2]}, "blocks: they hold 3 keys, there are 41"),
         ({"mask": torch.zeros(41)}, "mask: it has shape"),
+        ({"mask": torch.ones(1, 1, 1, 41, dtype=torch.bool)}, "mask: it is torch.bool; expected an additive one"),
     ],
 )
 def test_shapes_that_do_not_fit_are_named(change, message):

@@ -23,6 +23,7 @@ import node_helpers
 import nodes
 import pytest
 import torch
+from comfy.ldm.modules.attention import optimized_attention
 from comfy.patcher_extension import WrappersMP
 from comfy_extras.nodes_custom_sampler import Guider_DualCFG, Guider_DualModel
 from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
@@ -766,6 +767,37 @@ def test_a_prompt_for_a_part_of_the_denoising_is_refused(graph, method):
 @families_named("UNet3D", "Wan")
 def test_a_prompt_of_another_pack_is_left_as_it_is(graph):
     own_prompts_only(graph)
+
+
+def masking_keys(model, boolean):
+    """A node that hides the last word from cross-attention, by a mask of one kind or the other."""
+    masked = model.clone()
+    for path, layer in attention_layers(model).items():
+        if layer.kind != "cross":
+            continue
+
+        def forward(self, x, context, transformer_options=None, **_):
+            seen = torch.ones(1, context.shape[1], dtype=torch.bool)
+            seen[:, -1] = False
+            mask = seen if boolean else torch.zeros(seen.shape).masked_fill(~seen, -1e9)
+            query, key, value = self.norm_q(self.q(x)), self.norm_k(self.k(context)), self.v(context)
+            mask = mask.expand(x.shape[1], -1)
+            options = {"heads": self.num_heads, "mask": mask, "transformer_options": transformer_options}
+            return self.o(optimized_attention(query, key, value, **options))
+
+        module = model.model.diffusion_model.get_submodule(path)
+        masked.add_object_patch(f"diffusion_model.{path}.forward", types.MethodType(forward, module))
+    return masked
+
+
+@families_named("Wan")
+def test_boolean_masks_hide_what_additive_ones_hide(graph):
+    boolean, additive = (
+        predicted(replace(graph, model=patch_regions(masking_keys(graph.inverted, kind), RegionModulation(**STRONG))))
+        for kind in (True, False)
+    )
+    torch.testing.assert_close(boolean, additive, **EXACT)
+    assert support.relative(predicted(graph), additive) > 1e-4
 
 
 @families_named("Wan")
