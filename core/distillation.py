@@ -42,6 +42,19 @@ def delta_denoising_gradient(
     return residual * (signal / noise)
 
 
+def frame_difference(target: Tensor, source: Tensor, signal: Tensor, dim: int) -> tuple[float, Tensor]:
+    """Mean square of how the differences of neighbouring frames differ between two clips, and its gradient at target.
+
+    target, source: latents that were noised alike, frames along `dim`; signal: the factor a of the clean latent in
+    them, which the differences are divided by.
+    """
+    moved = ((target - source) / signal).diff(dim=dim)
+    gradient = torch.zeros_like(target)
+    gradient.narrow(dim, 1, moved.shape[dim]).add_(moved)
+    gradient.narrow(dim, 0, moved.shape[dim]).sub_(moved)
+    return float(moved.square().mean()), 2 * gradient / (moved.numel() * signal)
+
+
 @dataclass(frozen=True)
 class Look:
     """What the model says of both noised latents: guided predictions of x0, and losses of regularisers by name.

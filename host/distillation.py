@@ -4,36 +4,35 @@ Each step takes four passes: the source and the target, each with its own prompt
 target's has a gradient, from the attention keys.
 """
 
-import contextlib
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import comfy.model_management
 import comfy.samplers
 import torch
 from torch import Tensor
 
-from ..core.distillation import Look, Progress, distill
+from ..core.distillation import Look, Progress, distill, frame_difference
 from ..core.relevance import matching_loss
 from ..core.self_similarity import spatial_self_similarity_loss, temporal_self_similarity_loss
-from .attention_call import AttentionCall, ModelRun
-from .attention_tap import ONE_GPU, AttentionTap, Listener
-from .checkpointing import checkpointed
+from .attention_call import ModelRun
+from .attention_tap import ONE_GPU, AttentionTap
 from .conditioning import check_picture
 from .families import IN_SPACE, Layer, attention_layers, family_of, noise_space, select_blocks
-from .features import FeatureRecorder
-from .gradients import latent_gradients, normal_tensor
+from .features import FeatureRecorder, KeyRecorder, Recorders
+from .gradient_pass import Asked, GradientPass, Gradients
+from .gradients import normal_tensor
 from .latents import check_clip_latent, frame_count, grid_mask_of, mask_like
-from .memory import ActivationMeter, small_tile, with_less_memory
+from .memory import small_tile
 from .model_pass import Window, at_step, by_window, call_model, check_handler, for_pass, leading_cond, without_caches
 from .node_text import LOG, NodeText
 from .region_patch import tell_layouts_without_patch
 from .regional_prompts import SOURCE_POSITIVE
-from .relevance_matching import HALF_PRECISION_SCALE, lacks_for_relevance
+from .relevance_matching import lacks_for_relevance
 from .sampling import share_of
 
 log = logging.getLogger("spacetime_edit")
@@ -42,7 +41,6 @@ SPATIAL, TEMPORAL, RELEVANCE, MOTION = "S-SSM", "T-SSM", "STR", "frame differenc
 """Regularisers by name."""
 
 Branch = Literal["text", "negative"]
-TOGETHER = "all regularisers"
 PREVIEW_SECONDS = 1.0
 
 
@@ -91,71 +89,6 @@ def key_blocks(model, layers: str = "") -> frozenset[str]:
     main = [name for name in blocks if not name.startswith("v")]  # not those of VACE's control video
     later = sorted(main, key=lambda name: (name[0], int(name[1:])))[len(main) // 2 :]
     return frozenset(block for block in blocks if block.startswith("u")) or frozenset(later)
-
-
-class KeyRecorder:
-    """A listener that keeps the keys of spatial self-attention. One prompt a run.
-
-    blocks: names of those to look at. `tensors` holds keys (F, H, N, D) by "path keys", for block checkpointing to
-    exchange.
-    """
-
-    def __init__(self, blocks: frozenset[str]):
-        self._blocks = blocks
-        self.tensors: dict[str, Tensor] = {}
-
-    @property
-    def keys(self) -> dict[str, Tensor]:
-        """(F, N, C) by name, heads side by side."""
-        return {name: t.transpose(1, 2).flatten(2) for name, t in self.tensors.items() if name.endswith(" keys")}
-
-    def __call__(self, call: AttentionCall) -> None:
-        self.tensors.update(self._taken(call))
-
-    def replay(self, names: Iterable[str]) -> Listener:
-        """A listener for a second run of some layers: it keeps again the tensors of these names."""
-        wanted = frozenset(names)
-
-        def listen(call: AttentionCall) -> None:
-            self.tensors.update({name: t for name, t in self._taken(call).items() if name in wanted})
-
-        return listen
-
-    def _taken(self, call: AttentionCall) -> dict[str, Tensor]:
-        if call.kind not in IN_SPACE or call.layer.block not in self._blocks:
-            return {}
-        return {f"{call.layer.path} keys": call.per_frame.of_clip(call.per_frame.key)}
-
-
-class Recorders:
-    """Several recorders as one, with one store of tensors."""
-
-    def __init__(self, *recorders):
-        self._recorders = recorders
-        self.tensors = {}
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        return self._tensors
-
-    @tensors.setter
-    def tensors(self, tensors: dict[str, Tensor]) -> None:
-        self._tensors = tensors
-        for recorder in self._recorders:
-            recorder.tensors = tensors
-
-    def __call__(self, call: AttentionCall) -> None:
-        for recorder in self._recorders:
-            recorder(call)
-
-    def replay(self, names: Iterable[str]) -> Listener:
-        names = tuple(names)
-
-        def listen(call: AttentionCall) -> None:
-            for recorder in self._recorders:
-                recorder.replay(names)(call)
-
-        return listen
 
 
 class DistillationSampler(comfy.samplers.Sampler):
@@ -211,24 +144,16 @@ class DistillationSampler(comfy.samplers.Sampler):
         )
 
 
-@dataclass
-class _Found:
-    """What regularisers say, as in `core.distillation.Look`."""
+class _Seen(NamedTuple):
+    """What the model says of one window: predictions of target and source by branch, and gradients."""
 
-    losses: dict[str, float] = field(default_factory=dict)
-    slopes: dict[str, Tensor] = field(default_factory=dict)
-    pull: Tensor | None = None
-
-    def add(self, name: str, slope: Tensor, scales: Mapping[str, float] | None) -> None:
-        """The slope of one more regulariser."""
-        if scales is None:
-            self.slopes[name] = slope
-        elif name in scales:
-            self.pull = scales[name] * slope + (0 if self.pull is None else self.pull)
+    target: dict[str, Tensor]
+    source: dict[str, Tensor]
+    held: Gradients
 
 
-TARGET, SOURCE, SLOPE, PULL = "target ", "source ", "slope ", "pull"
-"""What one window gives, by the beginning of its name."""
+NOTHING = Gradients({}, {})
+KNOBS = "the layers (such as u1)"
 PROMPTS_TESTED = 33
 """Noise levels at which the prompts of a run are tried before its first step."""
 
@@ -242,54 +167,38 @@ class _Passes:
         self._options, self._step = model_options, 0
         self._active = [name for name, weight in settings.weights.items() if weight]
         self._of_model = [name for name in self._active if name != MOTION]
-        self._low_memory, self._measured = settings.low_memory, False
+        self._take = GradientPass("Video DDS", KNOBS, settings.low_memory)
 
     def __call__(self, target: Tensor, source: Tensor, sigma: Tensor, scales: Mapping[str, float] | None) -> Look:
         """See `core.distillation.distill`; of the model's regularisers each gradient is a backward pass."""
         self._options = at_step(self._given, sigma, self._step)
         self._step += 1
-        base, conds = self._guider.inner_model, self._guider.conds
-        seen, losses = by_window(
-            target,
-            sigma,
-            base,
-            self._options,
-            conds,
-            self._names(scales),
-            lambda window: self._of_window(window, target, source, sigma, scales),
-        )
 
-        def named(kind: str) -> dict:
-            return {name.removeprefix(kind): value for name, value in seen.items() if name.startswith(kind)}
+        def of_window(window: Window) -> _Seen:
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            of_source, held = {}, None
+            if self._settings.delta or self._of_model:
+                of_source, held = self._of_source(window, window.of(source), sigma)
+            of_target, found = self._of_target(window, window.of(target), sigma, held, scales)
+            own = {name: window.own_frames(gradient) for name, gradient in found.gradients.items()}
+            total = None if found.total is None else window.own_frames(found.total)
+            of_source = of_source if self._settings.delta else {}
+            return _Seen(of_target, of_source, Gradients(found.losses, own, total))
 
-        found = _Found(dict(losses), named(SLOPE), seen.get(PULL))
+        base, conds, sides = self._guider.inner_model, self._guider.conds, 2 if self._settings.delta else 1
+        seen = by_window(target, sigma, base, self._options, conds, 2 * sides + max(1, len(self._of_model)), of_window)
+        losses, slopes, pull = dict(seen.held.losses), dict(seen.held.gradients), seen.held.total
         if MOTION in self._active:
-            loss, slope = self._motion(target, source, sigma)
-            found.losses[MOTION] = loss
-            found.add(MOTION, slope, scales)
-        denoised = self._guided(named(TARGET), "positive", target, sigma)
-        of_source = self._guided(named(SOURCE), SOURCE_POSITIVE, source, sigma) if self._settings.delta else None
-        return Look(denoised, of_source, found.losses, found.slopes, found.pull)
-
-    def _names(self, scales: Mapping[str, float] | None) -> list[str]:
-        """Of the latents that one window gives."""
-        sides = [TARGET, SOURCE] if self._settings.delta else [TARGET]
-        slopes = [SLOPE + name for name in self._of_model] if scales is None else [PULL] if self._of_model else []
-        return [side + branch for side in sides for branch in ("text", "negative")] + slopes
-
-    def _of_window(self, window: Window, target: Tensor, source: Tensor, sigma: Tensor, scales):
-        """Predictions by prompt and gradients of the frames that a window shows, and losses by name."""
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        held, said = None, {}
-        if self._settings.delta or self._of_model:
-            seen, held = self._of_source(window, window.of(source), sigma)
-            said |= {SOURCE + branch: value for branch, value in seen.items()} if self._settings.delta else {}
-        seen, found = self._of_target(window, window.of(target), sigma, held, scales)
-        said |= {TARGET + branch: value for branch, value in seen.items()}
-        said |= {SLOPE + name: window.own_frames(value) for name, value in found.slopes.items()}
-        if found.pull is not None:
-            said[PULL] = window.own_frames(found.pull)
-        return said, found.losses
+            signal, _ = noise_space(self._guider.model_patcher).signal_and_noise(sigma)
+            frames = 0 if target.ndim == 4 else 2
+            losses[MOTION], slope = frame_difference(target, source, signal, frames)
+            if scales is None:
+                slopes[MOTION] = slope
+            elif MOTION in scales:
+                pull = scales[MOTION] * slope + (0 if pull is None else pull)
+        denoised = self._guided(seen.target, "positive", target, sigma)
+        of_source = self._guided(seen.source, SOURCE_POSITIVE, source, sigma) if self._settings.delta else None
+        return Look(denoised, of_source, losses, slopes, pull)
 
     def _recorders(self) -> tuple[KeyRecorder, FeatureRecorder | None, Recorders]:
         keys = KeyRecorder(self._settings.blocks)
@@ -322,64 +231,23 @@ class _Passes:
                 f"keys are not compared. Remove it to compare them."
             )
 
-    def _of_target(self, window: Window, x: Tensor, sigma: Tensor, held, scales) -> tuple[dict[str, Tensor], _Found]:
+    def _of_target(self, window: Window, x: Tensor, sigma: Tensor, held, scales) -> tuple[dict[str, Tensor], Gradients]:
         """The predictions by prompt, and what the regularisers say."""
         prompts, branch = {"text": "positive", "negative": "negative"}, self._settings.branch
         if not self._of_model:
-            return self._predict(window, prompts, x, sigma), _Found()
+            return self._predict(window, prompts, x, sigma), NOTHING
         alone = self._one_pass_predicts(window, prompts[branch])
         seen = self._metered(window, {b: p for b, p in prompts.items() if b != branch or not alone}, x, sigma)
-        arguments = window, prompts[branch], x, sigma, held, scales
-        lean = None if self._low_memory else lambda: self._lean(*arguments)
-        knobs = "the layers (such as u1)"
-        predicted, found = with_less_memory("Video DDS", lambda: self._with_gradient(*arguments), lean, knobs)
-        return seen | ({branch: predicted} if alone else {}), found
+        keys, features, recorder = self._recorders()
+        cond, options = window.leading_cond(prompts[branch], sigma), window.options(self._options)
+        asked = Asked(self._guider.inner_model, self._guider.model_patcher, cond, sigma, options, self._step)
+        losses = lambda: self._losses(held, keys.keys, {} if features is None else features.features)  # noqa: E731
+        found = self._take(asked, x, recorder, losses, scales)
+        return seen | ({branch: found.denoised} if alone else {}), found
 
     def _one_pass_predicts(self, window: Window, prompt: str) -> bool:
         """Whether the pass of the leading conditioning is the host's whole prediction of a prompt."""
         return len(window.conds[prompt]) == 1 and "sampler_calc_cond_batch_function" not in self._options
-
-    def _lean(self, *arguments) -> tuple[Tensor, _Found]:
-        self._low_memory = True
-        return self._with_gradient(*arguments)
-
-    def _with_gradient(self, window: Window, prompt: str, x: Tensor, sigma: Tensor, held, scales):
-        """(the prediction of the leading conditioning, what the regularisers say)."""
-        base, patcher = self._guider.inner_model, self._guider.model_patcher
-        keys, features, recorder = self._recorders()
-        tap = AttentionTap(patcher, [recorder], differentiable=True)
-        family, half = family_of(patcher), base.get_dtype_inference() == torch.float16
-        kept, found = [], _Found()
-        largest = max(scales.values(), default=1.0) if scales else 1.0  # half precision holds the sum as it holds each
-
-        def losses(denoised: Tensor) -> dict[str, Tensor]:
-            kept.append(denoised.detach())
-            own = self._losses(held, keys.keys, {} if features is None else features.features)
-            found.losses = {name: float(value.detach()) for name, value in own.items()}
-            if scales is None:
-                return own
-            return {TOGETHER: sum(scales.get(name, 0.0) / largest * value for name, value in own.items())}
-
-        blocks = checkpointed(base.diffusion_model, family, tap, recorder)
-        with blocks if self._low_memory else contextlib.nullcontext():
-            gradients = latent_gradients(
-                base,
-                x,
-                sigma,
-                self._leading(window, prompt, sigma),
-                losses,
-                model_options=window.options(self._options),
-                tap=tap,
-                needs=frozenset(IN_SPACE),
-                loss_scale=HALF_PRECISION_SCALE if half else 1.0,
-                mutates=family.mutates,
-            )
-        for name, (_, gradient) in gradients.items():
-            if scales is None:
-                found.slopes[name] = gradient
-            else:
-                found.pull = largest * gradient
-        return kept[0], found
 
     def _losses(self, held, keys: dict[str, Tensor], features: dict) -> dict[str, Tensor]:
         source_keys, source_features = held
@@ -389,23 +257,13 @@ class _Passes:
             if name == RELEVANCE:
                 pairs = [(source_features[path], features[path]) for path in source_features]
                 losses = [
-                    matching_loss(source, target, rows=small_tile(source) if self._low_memory else None)
+                    matching_loss(source, target, rows=small_tile(source) if self._take.low_memory else None)
                     for source, target in pairs
                 ]
             else:
                 losses = [forms[name](source_keys[path], keys[path]) for path in source_keys]
             found[name] = torch.stack(losses).mean()
         return found
-
-    def _motion(self, target: Tensor, source: Tensor, sigma: Tensor) -> tuple[float, Tensor]:
-        """Mean square of how the frame differences of the clean latents differ; its slope at the noised target."""
-        signal, _ = noise_space(self._guider.model_patcher).signal_and_noise(sigma)
-        frames = 0 if target.ndim == 4 else 2
-        moved = ((target - source) / signal).diff(dim=frames)
-        slope = torch.zeros_like(target)
-        slope.narrow(frames, 1, moved.shape[frames]).add_(moved)
-        slope.narrow(frames, 0, moved.shape[frames]).sub_(moved)
-        return float(moved.square().mean()), 2 * slope / (moved.numel() * signal)
 
     # --- passes ---------------------------------------------------------
 
@@ -431,7 +289,7 @@ class _Passes:
         for branch, prompt in prompts.items():
             one = branch == heard and tap is not None
             if one:
-                cond, needs = self._leading(window, prompt, sigma), frozenset(IN_SPACE)
+                cond, needs = window.leading_cond(prompt, sigma), frozenset(IN_SPACE)
                 made = call_model(base, [cond], x, sigma, options, tap=tap, needs=needs, source=source)
                 if self._one_pass_predicts(window, prompt):
                     found[branch] = made
@@ -450,28 +308,16 @@ class _Passes:
         }
         return dict(zip(("text", "negative"), options["sampler_calc_cond_batch_function"](given), strict=True))
 
-    def _leading(self, window: Window, prompt: str, sigma: Tensor) -> dict:
-        cond = leading_cond(window.conds[prompt], sigma, prompt)
-        if window.own is not None and "control" in cond:
-            raise ValueError(f"{prompt}: in context windows no gradient can follow a ControlNet; remove one of them")
-        return cond
-
     def _metered(self, window: Window, prompts: Mapping[str, str], x: Tensor, sigma: Tensor) -> dict[str, Tensor]:
         """The same; the first time it also learns what a gradient takes, and has the host make room."""
-        if self._measured:
+        if self._take.memory is not None:
             return self._predict(window, prompts, x, sigma)
         patcher = self._guider.model_patcher
-        meter = ActivationMeter(self._guider.inner_model.diffusion_model, family_of(patcher))
+        meter = self._take.meter(self._guider.inner_model, patcher)
         first, *others = prompts
         with meter.open():
             seen = self._predict(window, {first: prompts[first]}, x, sigma)
-        self._measured, memory = True, meter.memory
-        models = [patcher, *self._guider.loaded_models]
-        needed = memory.total(checkpointing=self._low_memory)
-        comfy.model_management.load_models_gpu(models, memory_required=needed)
-        if not self._low_memory and needed > comfy.model_management.get_free_memory(patcher.load_device):
-            log.info("Video DDS: keeps no activations, %.1f GB would not fit", needed / 1e9)
-            self._low_memory = True
+        self._take.make_room(meter.memory, [patcher, *self._guider.loaded_models])
         if "sampler_calc_cond_batch_function" in self._options:
             return self._predict(window, prompts, x, sigma)
         return seen | (self._predict(window, {name: prompts[name] for name in others}, x, sigma) if others else {})

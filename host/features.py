@@ -1,4 +1,4 @@
-"""Attention features for the STR score, collected while a model runs."""
+"""What losses on attention need, collected while a model runs: features of the STR score, and keys."""
 
 from collections.abc import Iterable
 
@@ -9,6 +9,7 @@ from ..core.region_attention import HIDDEN
 from ..core.relevance import AttentionFeatures
 from .attention_call import AttentionCall
 from .attention_tap import EnoughSeen, Listener
+from .families import IN_SPACE
 
 
 class FeatureRecorder:
@@ -86,6 +87,71 @@ class FeatureRecorder:
         if maps.shape[1] != heads:
             maps = maps.mean(1, keepdim=True).expand(-1, heads, -1, -1)
         return AttentionFeatures(query, key, maps, self._scales[path])
+
+
+class KeyRecorder:
+    """A listener that keeps the keys of spatial self-attention. One prompt a run.
+
+    blocks: names of those to look at. `tensors` holds keys (F, H, N, D) by "path keys", for block checkpointing to
+    exchange.
+    """
+
+    def __init__(self, blocks: frozenset[str]):
+        self._blocks = blocks
+        self.tensors: dict[str, Tensor] = {}
+
+    @property
+    def keys(self) -> dict[str, Tensor]:
+        """(F, N, C) by name, heads side by side."""
+        return {name: t.transpose(1, 2).flatten(2) for name, t in self.tensors.items() if name.endswith(" keys")}
+
+    def __call__(self, call: AttentionCall) -> None:
+        self.tensors.update(self._taken(call))
+
+    def replay(self, names: Iterable[str]) -> Listener:
+        """A listener for a second run of some layers: it keeps again the tensors of these names."""
+        wanted = frozenset(names)
+
+        def listen(call: AttentionCall) -> None:
+            self.tensors.update({name: t for name, t in self._taken(call).items() if name in wanted})
+
+        return listen
+
+    def _taken(self, call: AttentionCall) -> dict[str, Tensor]:
+        if call.kind not in IN_SPACE or call.layer.block not in self._blocks:
+            return {}
+        return {f"{call.layer.path} keys": call.per_frame.of_clip(call.per_frame.key)}
+
+
+class Recorders:
+    """Several recorders as one, with one store of tensors."""
+
+    def __init__(self, *recorders):
+        self._recorders = recorders
+        self.tensors = {}
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return self._tensors
+
+    @tensors.setter
+    def tensors(self, tensors: dict[str, Tensor]) -> None:
+        self._tensors = tensors
+        for recorder in self._recorders:
+            recorder.tensors = tensors
+
+    def __call__(self, call: AttentionCall) -> None:
+        for recorder in self._recorders:
+            recorder(call)
+
+    def replay(self, names: Iterable[str]) -> Listener:
+        names = tuple(names)
+
+        def listen(call: AttentionCall) -> None:
+            for recorder in self._recorders:
+                recorder.replay(names)(call)
+
+        return listen
 
 
 def _tensors_of(call: AttentionCall) -> dict[str, Tensor]:

@@ -1,20 +1,16 @@
 """Memory of a gradient pass, predicted from one pass without gradient at the same size."""
 
 import contextlib
-import logging
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import isqrt
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from ..core.relevance import TILE_ELEMENTS, AttentionFeatures
 from .families import Family
-
-log = logging.getLogger("spacetime_edit")
 
 LOSS_TILES = 12
 """Tiles of the score that live at once in the backward pass of the loss, rather too many than too few."""
@@ -115,40 +111,3 @@ def loss_memory(features: Iterable[AttentionFeatures], smaller: int = 1) -> int:
 
 def _bytes(value) -> int:
     return value.numel() * value.element_size() if isinstance(value, Tensor) else 0
-
-
-Result = TypeVar("Result")
-
-
-def with_less_memory(what: str, compute: Callable[[], Result], lean: Callable[[], Result] | None, knobs: str) -> Result:
-    """What `compute` gives; where memory runs out, what `lean` gives, which needs as little as there is a way to.
-
-    lean None: compute is that already. what: who asks, for the log and the error; knobs: what a user can lower.
-    RuntimeError where memory runs out for good.
-    """
-    import comfy.model_management as management
-
-    failures = (torch.OutOfMemoryError, management.ACCELERATOR_ERROR)
-    try:
-        return compute()
-    except failures as error:
-        if not management.is_oom(error):
-            raise
-        if lean is None:
-            raise RuntimeError(_out_of_memory(what, knobs)) from error
-    # out of the handler, which would keep the failed graph alive
-    log.warning("%s: out of memory; once more without kept activations (slower)", what)
-    management.soft_empty_cache()
-    try:
-        return lean()
-    except failures as error:
-        if not management.is_oom(error):
-            raise
-        raise RuntimeError(_out_of_memory(what, knobs)) from error
-
-
-def _out_of_memory(what: str, knobs: str) -> str:
-    return (
-        f"{what}: out of memory, also without kept activations; lower one of these: the number of frames, their size "
-        f"(Fit Clip to Model), {knobs}, or let ComfyUI keep more of the card free (--reserve-vram, --lowvram)"
-    )

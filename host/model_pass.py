@@ -5,9 +5,10 @@ asked for its attention: without step caches, which would answer in the network'
 network once, on all frames.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
 import comfy.model_management
 import comfy.samplers
@@ -16,6 +17,7 @@ from comfy.context_windows import IndexListContextHandler, IndexListContextWindo
 from comfy.model_patcher import create_model_options_clone
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..core.parametrization import noise_fraction
 from ..core.trajectory import Trajectory
@@ -24,6 +26,8 @@ from .attention_call import RETAINED, SOURCE_RUN, shown_frames
 from .attention_tap import ONE_GPU, AttentionTap, Listener, until_enough_seen
 from .families import Kind
 from .latents import frame_count
+
+Result = TypeVar("Result")
 
 HANDLER = "context_handler"
 """Key of the host's context windows in the options of a model."""
@@ -113,6 +117,13 @@ class Window:
         """Of a mask (F, h, w)."""
         return mask if self.own is None else mask[self.frames]
 
+    def leading_cond(self, name: str, sigma: Tensor) -> dict:
+        """Of a named prompt: see `leading_cond`. ValueError for a ControlNet, whose hint the host does not cut."""
+        cond = leading_cond(self.conds[name], sigma, name)
+        if self.own is not None and "control" in cond:
+            raise ValueError(f"{name}: in context windows no gradient can follow a ControlNet; remove one of them")
+        return cond
+
     def own_frames(self, gradient: Tensor) -> Tensor:
         """A gradient of the frames that it shows, 0 at those that stand in the place of others."""
         if self.own is None or not self.handler.latent_retain_index_list:
@@ -127,33 +138,41 @@ def by_window(
     base_model,
     model_options: dict,
     conds: Mapping[str, list[dict]],
-    names: Sequence[str],
-    compute: Callable[[Window], tuple[Mapping[str, Tensor], Mapping[str, float]]],
-) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """What `compute` gives for each context window of a run: (latents by these names, numbers), put together.
+    latents: int,
+    compute: Callable[[Window], Result],
+) -> Result:
+    """What `compute` gives for each context window of a run, put together: a nest of latents, numbers and None.
 
     Latents are blended by the host's own windows as it blends predictions; numbers are averaged. Without windows, or of
-    a clip that fits into one, compute is asked once. sigma: scalar. conds: of the run, by name.
+    a clip that fits into one, compute is asked once. sigma: scalar. conds: of the run, by name. latents: how many there
+    are in a result.
     """
     handler = model_options.get(HANDLER)
     everything, sigmas = list(conds.values()), sigma * latent.new_ones(latent.shape[0])
     if handler is None or not handler.should_use_context(base_model, everything, latent, sigmas, model_options):
-        found, numbers = compute(Window(conds))
-        return dict(found), dict(numbers)
-    said: list[Mapping[str, float]] = []
-    slots = everything + [None] * max(0, len(names) - len(everything))
+        return compute(Window(conds))
+    said: list[list] = []
+    slots, form = everything + [None] * max(0, latents - len(everything)), None
 
     def of_window(model, own_conds, x, timestep, run_options):
+        nonlocal form
         comfy.model_management.throw_exception_if_processing_interrupted()
         own = {name: own_conds[i] for i, name in enumerate(conds)}
-        found, numbers = compute(Window(own, handler, run_options["transformer_options"]["context_window"]))
-        said.append(numbers)
-        made = [found[name] for name in names]
+        window = Window(own, handler, run_options["transformer_options"]["context_window"])
+        leaves, form = tree_flatten(compute(window))
+        made = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        said.append(["latent" if isinstance(leaf, Tensor) else leaf for leaf in leaves])
         return made + [torch.zeros_like(x)] * (len(slots) - len(made))
 
-    blended = handler.execute(of_window, base_model, slots, latent, sigmas, create_model_options_clone(model_options))
-    numbers = {name: sum(each[name] for each in said) / len(said) for name in said[0]}
-    return dict(zip(names, blended, strict=False)), numbers
+    options = create_model_options_clone(model_options)
+    blended = iter(handler.execute(of_window, base_model, slots, latent, sigmas, options))
+
+    def together(values: tuple):
+        if values[0] == "latent":
+            return next(blended)
+        return None if values[0] is None else sum(values) / len(values)
+
+    return tree_unflatten([together(values) for values in zip(*said, strict=True)], form)
 
 
 def check_handler(model, frames: int) -> None:

@@ -1,11 +1,9 @@
 """STR matching as a before-step function of the edit loop (STR-Match, arXiv 2506.22868)."""
 
-import contextlib
 import logging
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-import comfy.model_management
 import torch
 from torch import Tensor
 
@@ -15,23 +13,20 @@ from ..core.relevance import AttentionFeatures, Paths, matching_loss
 from ..core.trajectory import Trajectory
 from .attention_call import ModelRun
 from .attention_tap import AttentionTap, Listener
-from .checkpointing import checkpointed
 from .families import IN_SPACE, Family, Layer, attention_layers, family_of, parse_blocks, select_blocks
 from .features import FeatureRecorder
-from .gradients import latent_gradient, normal_tensor
+from .gradient_pass import Asked, GradientPass
+from .gradients import normal_tensor
 from .inflation import inflation_of
 from .latents import mask_like
-from .memory import SMALLER_TILES, ActivationMeter, GradientMemory, loss_memory, small_tile, with_less_memory
-from .model_pass import Window, by_window, call_model, leading_cond
+from .memory import SMALLER_TILES, GradientMemory, loss_memory, small_tile
+from .model_pass import Window, by_window, call_model
 from .sampling import Step
 
 log = logging.getLogger("spacetime_edit")
 
 STEPS_OF_LAMBDA = 50
 """lambda is given for a schedule of 50 steps; other schedules move as far in total."""
-
-HALF_PRECISION_SCALE = 2.0**14
-"""Loss scale for float16 models, whose gradients of a mean cosine would underflow."""
 
 DIRECT: Paths = "spatial-temporal"
 """The only form of a score that goes along no path."""
@@ -43,8 +38,9 @@ NEW_CONTENT: tuple[Task, ...] = ("delete", "add")
 
 MemoryMode = Literal["auto", "low"]
 
-TARGET, SOURCE, GRADIENT, LOSS = "positive", "positive of Invert Video", "gradient", "loss"
-"""Names of the two prompts, and of what one window gives."""
+TARGET, SOURCE, LOSS = "positive", "positive of Invert Video", "the match"
+"""Names of the two prompts and of the loss, for errors."""
+KNOBS = "the layers of Capture STR Score (such as m0)"
 
 
 @dataclass(frozen=True)
@@ -173,23 +169,13 @@ class RelevanceMatching:
     def __call__(self, x: Tensor, step: Step) -> Tensor:
         if self.strength == 0 or not self.start <= step.percent <= self.end:
             return x
-        run = step.run.memo.setdefault(self, _MatchingRun(low_memory=self.memory == "low"))
-        conds = {TARGET: step.run.guider.conds["positive"], SOURCE: step.run.source_conds}
-        whole: list[_Matcher] = []  # of the clip without windows, for all iterations
+        run = step.run.memo.setdefault(self, _MatchingRun(self))
         cosines = []
 
         def gradient(x: Tensor) -> tuple[Tensor, Tensor]:
-            def of_window(window: Window) -> tuple[dict[str, Tensor], dict[str, float]]:
-                matcher = whole[0] if whole else _Matcher(self, step, run, window)
-                if window.own is None:
-                    whole[:] = [matcher]
-                loss, slope = matcher.gradient(window.of(x))
-                return {GRADIENT: window.own_frames(slope)}, {LOSS: float(loss)}
-
-            options = step.run.model_options
-            found, losses = by_window(x, step.sigma, step.run.base_model, options, conds, [GRADIENT], of_window)
-            cosines.append(-losses[LOSS])
-            return torch.tensor(losses[LOSS], dtype=torch.float64), found[GRADIENT]
+            loss, slope = run.gradient(x, step)
+            cosines.append(-loss)
+            return torch.tensor(loss, dtype=torch.float64), slope
 
         x = descend(
             x,
@@ -199,7 +185,8 @@ class RelevanceMatching:
             rule=self.rule,
             iterations=self.iterations,
         )
-        step.run.records.append(MatchedStep(step.percent, tuple(cosines), run.memory, run.low_memory))
+        report = MatchedStep(step.percent, tuple(cosines), run.take.memory, run.take.low_memory)
+        step.run.records.append(report)
         return x
 
 
@@ -215,145 +202,107 @@ def redraw_noise(x: Tensor, step: Step) -> Tensor:
     return redrawn.movedim(1, 0) if x.ndim == 4 else redrawn
 
 
-@dataclass
+class _Source(NamedTuple):
+    """What a window of the target is matched with: features by layer, and the weight (F, N) of their tokens."""
+
+    features: dict[str, AttentionFeatures]
+    weights: dict[str, Tensor]
+
+
 class _MatchingRun:
-    """What is known of a run after its first step.
+    """One run of matching: what is known after its first step, and the source of the step that it is at."""
 
-    low_memory: keep no activations. last_layer: where the model's forward may end. memory: what a gradient takes.
-    """
+    def __init__(self, matching: RelevanceMatching):
+        self._matching, self._score = matching, matching.score
+        self.take = GradientPass("STR matching", KNOBS, matching.memory == "low")
+        self._last_layer: str | None = None
+        self._whole: tuple[int, _Source] | None = None  # of the clip without windows, for all iterations of a step
 
-    low_memory: bool
-    last_layer: str | None = None
-    memory: GradientMemory = GradientMemory(0, 0)
+    def gradient(self, x: Tensor, step: Step) -> tuple[float, Tensor]:
+        """(loss, d loss / d x); in context windows each window's, blended."""
+        conds = {TARGET: step.run.guider.conds["positive"], SOURCE: step.run.source_conds}
 
+        def of_window(window: Window) -> tuple[float, Tensor]:
+            source, recorder = self._source(window, step), FeatureRecorder(self._score.blocks, self._last_layer)
+            cond, options = window.leading_cond(TARGET, step.sigma), window.options(step.run.model_options)
+            patcher = step.run.guider.model_patcher
+            asked = Asked(step.run.base_model, patcher, cond, step.sigma, options, step.index + 1)
+            losses = lambda: {LOSS: self._loss(source, recorder.features)}  # noqa: E731
+            made = self.take(asked, window.of(x), recorder, losses)
+            slope = window.own_frames(made.gradients[LOSS])
+            if self._matching.task in NEW_CONTENT:  # what still reaches the inside comes by the receptive field
+                slope = slope * (1 - mask_like(window.of_mask(step.mask), slope))
+            return made.losses[LOSS], slope
 
-class _Matcher:
-    """The loss between the source at one noise level and a target latent there, on the frames of a window."""
+        return by_window(x, step.sigma, step.run.base_model, step.run.model_options, conds, 1, of_window)
 
-    def __init__(self, matching: RelevanceMatching, step: Step, run: _MatchingRun, window: Window):
-        self._matching, self._score, self._step, self._run = matching, matching.score, step, run
-        self._window = window
-        recorder = self._first_source() if run.last_layer is None else self._next_source()
-        self._source, self._grids = {p: f.map(normal_tensor) for p, f in recorder.features.items()}, recorder.grids
-        self._weights = self._hidden_inside_mask() if matching.task in NEW_CONTENT else {}
+    def _source(self, window: Window, step: Step) -> _Source:
+        if window.own is None and self._whole is not None and self._whole[0] == step.index:
+            return self._whole[1]
+        recorder = self._first_source(window, step) if self._last_layer is None else self._next_source(window, step)
+        features = {path: f.map(normal_tensor) for path, f in recorder.features.items()}
+        hides = self._matching.task in NEW_CONTENT
+        source = _Source(features, self._hidden_inside_mask(window, step, recorder) if hides else {})
+        if window.own is None:
+            self._whole = step.index, source
+        return source
 
-    def gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(loss, d loss / d x); where memory runs out, once more with as little of it as there is a way to."""
-        lean = None if self._run.low_memory else lambda: self._lean(x)
-        knobs = "the layers of Capture STR Score (such as m0)"
-        loss, gradient = with_less_memory("STR matching", lambda: self._gradient(x), lean, knobs)
-        if self._matching.task in NEW_CONTENT:  # what still reaches the inside comes by the network's receptive field
-            gradient = gradient * (1 - mask_like(self._window.of_mask(self._step.mask), gradient))
-        return loss, gradient
-
-    def _lean(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        self._run.low_memory = True
-        return self._gradient(x)
-
-    def _gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        run, patcher = self._step.run, self._step.run.guider.model_patcher
-        recorder = FeatureRecorder(self._score.blocks, self._run.last_layer)
-        tap = AttentionTap(patcher, [recorder], differentiable=True)
-        family, half = family_of(patcher), run.base_model.get_dtype_inference() == torch.float16
-        blocks = checkpointed(run.base_model.diffusion_model, family, tap, recorder)
-        with blocks if self._run.low_memory else contextlib.nullcontext():
-            loss, gradient = latent_gradient(
-                run.base_model,
-                x,
-                self._step.sigma,
-                self._cond(TARGET),
-                lambda _: self._loss(recorder.features),
-                model_options=self._window.options(run.model_options),
-                tap=tap,
-                needs=frozenset(IN_SPACE),
-                loss_scale=HALF_PRECISION_SCALE if half else 1.0,
-                mutates=family.mutates,
-            )
-        if not torch.isfinite(gradient).all():
-            raise ValueError(
-                f"STR matching: the gradient is not finite at step {self._step.index + 1} (sigma "
-                f"{float(self._step.sigma):.4g}, layer {_first_bad_layer(recorder.features)}); try the model in bf16 "
-                f"or fp32, or fewer layers"
-            )
-        return loss, gradient
-
-    def _first_source(self) -> FeatureRecorder:
+    def _first_source(self, window: Window, step: Step) -> FeatureRecorder:
         """Records the source, learns where the forward may end, and has the host make room for the first gradient."""
-        run = self._step.run
-        meter = ActivationMeter(run.base_model.diffusion_model, family_of(run.trajectory.model))
-        recorder = FeatureRecorder(self._score.blocks)
+        run, recorder = step.run, FeatureRecorder(self._score.blocks)
+        meter = self.take.meter(run.base_model, run.trajectory.model)
         counted: dict[int, GradientMemory] = {}  # when so many layers had been recorded
 
         def count(_) -> None:
             counted.setdefault(len(recorder.grids), meter.memory)
 
         with meter.open():
-            self._record_source(recorder, count)
+            self._record_source(window, step, recorder, count)
         if not recorder.features:
             raise ValueError(
                 "layers: none of the chosen blocks has a spatial and a temporal attention of one size, or one over both"
             )
         if recorder.unpaired:
             log.info("STR score: skipped layers without temporal partner: %s", ", ".join(recorder.unpaired))
-        self._run.last_layer = next(reversed(recorder.features))
+        self._last_layer = next(reversed(recorder.features))
         features = recorder.features.values()
         loss, small_loss = loss_memory(features), loss_memory(features, SMALLER_TILES)
-        self._run.memory = replace(counted[len(recorder.grids)], loss=loss, small_loss=small_loss)
-        self._make_room(self._run.memory)
+        memory = replace(counted[len(recorder.grids)], loss=loss, small_loss=small_loss)
+        self.take.make_room(memory, run.models)
         return recorder
 
-    def _next_source(self) -> FeatureRecorder:
-        recorder = FeatureRecorder(self._score.blocks, self._run.last_layer)
-        self._record_source(recorder)
+    def _next_source(self, window: Window, step: Step) -> FeatureRecorder:
+        recorder = FeatureRecorder(self._score.blocks, self._last_layer)
+        self._record_source(window, step, recorder)
         return recorder
 
-    def _make_room(self, memory: GradientMemory) -> None:
-        management, device = comfy.model_management, self._step.run.guider.model_patcher.load_device
-        self._step.run.reserve(memory.total(checkpointing=self._run.low_memory))
-        if not self._run.low_memory and memory.total(checkpointing=False) > management.get_free_memory(device):
-            log.info("STR matching: keeps no activations, %.1f GB would not fit", memory.total(False) / 1e9)
-            self._run.low_memory = True
+    def _record_source(self, window: Window, step: Step, *listeners: Listener) -> None:
+        run, x = step.run, window.of(step.source)
 
-    def _record_source(self, *listeners: Listener) -> None:
-        run, x = self._step.run, self._window.of(self._step.source)
+        def say_unheard(_: ModelRun, layers: list[Layer]) -> None:  # the first pass is a whole one
+            lost = [layer for layer in layers if layer.kind in (*IN_SPACE, "temporal")]
+            if lost:
+                run.say(
+                    f"STR matching: another node replaces the attention of {len(lost)} layers (such as "
+                    f"{lost[0].path}), which are not matched. Remove it to match them."
+                )
+
         # by the target's kernel, to the bit
-        tap = AttentionTap(run.trajectory.model, listeners, differentiable=True, unheard=self._say_unheard)
-        options, needs = self._window.options(run.source_options), frozenset(IN_SPACE)
-        cond = self._cond(SOURCE)
-        call_model(run.base_model, [cond], x, self._step.sigma, options, tap=tap, needs=needs, source=True)
+        tap = AttentionTap(run.trajectory.model, listeners, differentiable=True, unheard=say_unheard)
+        options, needs = window.options(run.source_options), frozenset(IN_SPACE)
+        cond = window.leading_cond(SOURCE, step.sigma)
+        call_model(run.base_model, [cond], x, step.sigma, options, tap=tap, needs=needs, source=True)
 
-    def _say_unheard(self, _: ModelRun, layers: list[Layer]) -> None:
-        """After the first pass, which is a whole one: layers in which another pack stands in for the attention."""
-        lost = [layer for layer in layers if layer.kind in (*IN_SPACE, "temporal")]
-        if lost:
-            self._step.run.say(
-                f"STR matching: another node replaces the attention of {len(lost)} layers (such as {lost[0].path}), "
-                f"which are not matched. Remove it to match them."
-            )
-
-    def _cond(self, name: str) -> dict:
-        cond = leading_cond(self._window.conds[name], self._step.sigma, name)
-        if self._window.own is not None and "control" in cond:
-            raise ValueError(f"{name}: in context windows no gradient can follow a ControlNet; remove one of them")
-        return cond
-
-    def _hidden_inside_mask(self) -> dict[str, Tensor]:
+    @staticmethod
+    def _hidden_inside_mask(window: Window, step: Step, recorder: FeatureRecorder) -> dict[str, Tensor]:
         """By layer, the weight (F, N) of each token: 0 in the mask, 1 outside."""
-        mask = normal_tensor(self._window.of_mask(self._step.mask).float())
+        mask = normal_tensor(window.of_mask(step.mask).float())
         with torch.inference_mode(False):
-            return {path: 1 - to_latent_grid(mask, *self._grids[path][1:]).flatten(1) for path in self._source}
+            return {path: 1 - to_latent_grid(mask, *grid[1:]).flatten(1) for path, grid in recorder.grids.items()}
 
-    def _loss(self, target: dict[str, AttentionFeatures]) -> Tensor:
+    def _loss(self, source: _Source, target: dict[str, AttentionFeatures]) -> Tensor:
         losses = []
-        for path, source in self._source.items():
-            rows = small_tile(source) if self._run.low_memory else None
-            weight = self._weights.get(path)
-            losses.append(matching_loss(source, target[path], rows=rows, weight=weight, **self._score.form))
+        for path, own in source.features.items():
+            rows, weight = small_tile(own) if self.take.low_memory else None, source.weights.get(path)
+            losses.append(matching_loss(own, target[path], rows=rows, weight=weight, **self._score.form))
         return torch.stack(losses).mean()
-
-
-def _first_bad_layer(features: dict[str, AttentionFeatures]) -> str:
-    for path, f in features.items():
-        if not all(torch.isfinite(t).all() for t in f.tensors):
-            return path
-    return "unknown, in the backward pass"

@@ -93,10 +93,10 @@ class Run:
         target = comfy.hooks.create_target_dict(comfy.hooks.EnumWeightTarget.Model)
         self.guider.model_patcher.register_all_hook_patches(both, target, self.model_options)
 
-    def reserve(self, memory: int) -> None:
-        """Has the host free `memory` bytes on the device for what a step function is about to do ."""
-        models = [self.guider.model_patcher, *self.guider.loaded_models, *self._models]
-        comfy.model_management.load_models_gpu(models, memory_required=memory)
+    @property
+    def models(self) -> list:
+        """The ModelPatchers in use, the guider's first."""
+        return [self.guider.model_patcher, *self.guider.loaded_models, *self._models]
 
     def close(self) -> None:
         """Lets go of the source's ControlNets."""

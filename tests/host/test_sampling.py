@@ -642,13 +642,13 @@ def test_other_guiders_with_a_positive_prompt_work(trajectory, source, edit):
 def test_non_finite_gradients_stop_the_run_and_name_the_step(trajectory, edit, monkeypatch):
     """Instead of a black video after an hour."""
 
-    def broken(*args, **kwargs):
-        loss, gradient = latent_gradient(*args, **kwargs)
-        return loss, gradient * float("nan")
+    def broken(loss, *args, **kwargs):
+        return matching_loss(loss, *args, **kwargs) * float("nan")
 
-    latent_gradient = relevance_matching.latent_gradient
-    monkeypatch.setattr(relevance_matching, "latent_gradient", broken)
-    with pytest.raises(ValueError, match=r"gradient is not finite at step 3 .*sigma .*layer .*; try the model in bf16"):
+    matching_loss = relevance_matching.matching_loss
+    monkeypatch.setattr(relevance_matching, "matching_loss", broken)
+    message = r"gradient of the match is not finite at step 3 .*sigma .*layer .*; try the model in bf16"
+    with pytest.raises(ValueError, match=message):
         str_edit(trajectory, edit, matching_options=dict(start=0.4))
 
 
