@@ -75,6 +75,19 @@ def blocks_of(tokens: int, rows: int) -> list[slice]:
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
-    """Sum over each row in the working precision, over the rows in float64 (on the CPU where the device has none)."""
-    rows = (a * b).sum(-1)
-    return (rows.cpu() if rows.device.type == "mps" else rows).sum(dtype=torch.float64)
+    """Sum over each row in the working precision, over the rows in float64; see `in_float64`."""
+    return in_float64((a * b).sum(-1)).sum()
+
+
+WITHOUT_FLOAT64 = {"mps", "privateuseone"}
+"""Types of devices: Metal, and DirectML. Of Intel's, some."""
+
+
+def in_float64(tensor: Tensor) -> Tensor:
+    """On the CPU where the device has no float64."""
+    device = tensor.device
+    if device.type == "xpu":
+        lacks = not torch.xpu.get_device_properties(device).has_fp64
+    else:
+        lacks = device.type in WITHOUT_FLOAT64
+    return (tensor.cpu() if lacks else tensor).double()

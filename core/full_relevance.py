@@ -6,7 +6,7 @@ of frame j. Its softmax runs over the tokens of all frames and over whatever els
 Shape letters: F frames, H heads, N tokens a frame, D head dimension, E further keys, P and Q blocks of tokens.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import product
 from math import isqrt
@@ -51,6 +51,7 @@ def full_matching_loss(
     per_pair: bool = False,
     rows: int | None = None,
     weight: Tensor | None = None,
+    on_tile: Callable[[], object] = lambda: None,
 ) -> Tensor:
     """Negative cosine similarity of `full_str_score` of source and target, a scalar in [-1, 0]; see `matching_loss`.
 
@@ -59,17 +60,16 @@ def full_matching_loss(
     """
     frames, heads, tokens, _ = target.query.shape
     rows = rows or max(1, isqrt(TILE_ELEMENTS // (frames * heads)))
-    given, own = (_Maps.of(f, rows) for f in (source.detach(), target))
+    given, own = (_Maps.of(f, rows, on_tile) for f in (source.detach(), target))
     weight = None if weight is None else weight.to(own.query)
     reach = min(radius or frames, frames - 1)
     distances = [d for d in range(-reach, reach + 1) if d]
     scores = [[d] for d in distances] if per_pair else [distances]
-    sums = torch.zeros(3, dtype=torch.float64, device=target.query.device)
-    if target.query.device.type == "mps":
-        sums = sums.cpu()
+    sums = 0
     for p, q in product(blocks_of(tokens, rows), repeat=2):
 
         def of_tile(*tensors: Tensor, p=p, q=q) -> Tensor:
+            on_tile()
             here = own.with_tensors(*tensors)
             total = 0
             for of_score in scores:
@@ -93,13 +93,14 @@ class _Maps:
     scale: float
 
     @classmethod
-    def of(cls, features: AttentionFeatures, rows: int) -> "_Maps":
+    def of(cls, features: AttentionFeatures, rows: int, on_tile: Callable[[], object] = lambda: None) -> "_Maps":
         work = torch.promote_types(features.query.dtype, torch.float32)
         query, key, scale = features.query.to(work), features.key.to(work), features.logit_scale
         extra = query.new_zeros(query.shape[1], 0, query.shape[3])
         extra = extra if features.extra_keys is None else features.extra_keys.to(work)
 
         def normaliser(query: Tensor, key: Tensor, extra: Tensor) -> Tensor:
+            on_tile()
             seen = torch.cat([key.transpose(0, 1).flatten(1, 2), extra], 1)  # (H, F N + E, D)
             asking = query.transpose(0, 1).flatten(1, 2)  # (H, F P, D)
             found = torch.logsumexp(asking * scale @ seen.mT, -1)

@@ -8,7 +8,7 @@ The paper's equations 2 to 4 were not available in full; the form below is this 
 F frames, H heads, N tokens a frame, D head dimension, P a block of query tokens.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import combinations_with_replacement, product
 from math import isqrt
@@ -69,6 +69,7 @@ def matching_loss(
     per_pair: bool = False,
     rows: int | None = None,
     weight: Tensor | None = None,
+    on_tile: Callable[[], object] = lambda: None,
 ) -> Tensor:
     """Negative cosine similarity of the STR scores of source and target (loss of eq. 5), a scalar in [-1, 0].
 
@@ -78,6 +79,7 @@ def matching_loss(
     no paths. Scores are formed in tiles of `rows` x `rows` tokens (None: of about 8 MB) and formed again in the
     backward pass: saved are query, key, their log-sum-exp and the temporal map; the peak is about ten
     (F, H, rows, rows) tiles. Softmax and sums of a row in float32 (float64 for float64 input), of all rows in float64.
+    on_tile is called before each tile, in the backward pass too: what it raises stops the computation.
     """
     if len(target.query) < 2:
         raise ValueError("target attention is of one frame, which has no neighbours to score; expected 2 or more")
@@ -88,12 +90,19 @@ def matching_loss(
         )
     if target.temporal is None:
         return full_matching_loss(
-            source, target, radius=radius, bidirectional=bidirectional, per_pair=per_pair, rows=rows, weight=weight
+            source,
+            target,
+            radius=radius,
+            bidirectional=bidirectional,
+            per_pair=per_pair,
+            rows=rows,
+            weight=weight,
+            on_tile=on_tile,
         )
     frames, heads, tokens, _ = target.query.shape
     rows = rows or max(1, isqrt(TILE_ELEMENTS // (frames * heads)))
     reach = min(radius or frames, frames - 1)
-    plan = _Plan(reach, paths, bidirectional, per_pair, rows, source.logit_scale, target.logit_scale)
+    plan = _Plan(reach, paths, bidirectional, per_pair, rows, source.logit_scale, target.logit_scale, on_tile)
     given = source.detach()
     return _CosineLoss.apply(
         target.query, target.key, target.temporal, given.query, given.key, given.temporal, weight, plan
@@ -112,6 +121,7 @@ class _Plan:
     rows: int
     source_scale: float
     target_scale: float
+    on_tile: Callable[[], object]
 
     @property
     def distances(self) -> list[int]:
@@ -143,12 +153,13 @@ class _Maps:
         return (self.query[:, :, p] * self.scale @ self.key[:, :, q].mT).sub_(self.lse[:, :, p, None]).exp_()
 
 
-def _prepare(query: Tensor, key: Tensor, temporal: Tensor, scale: float, rows: int) -> _Maps:
+def _prepare(query: Tensor, key: Tensor, temporal: Tensor, scale: float, plan: _Plan) -> _Maps:
     work = torch.promote_types(query.dtype, torch.float32)
     query, key = query.to(work), key.to(work)
     lse = torch.empty(query.shape[:-1], dtype=work, device=query.device)
-    blocks = blocks_of(query.shape[2], rows)
+    blocks = blocks_of(query.shape[2], plan.rows)
     for p in blocks:
+        plan.on_tile()
         parts = [torch.logsumexp(query[:, :, p] * scale @ key[:, :, q].mT, -1) for q in blocks]
         lse[:, :, p] = torch.logsumexp(torch.stack(parts), 0)
     return _Maps(query, key, lse, temporal.to(work).permute(2, 3, 1, 0).contiguous(), scale)
@@ -270,12 +281,13 @@ class _CosineLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query, key, temporal, source_query, source_key, source_temporal, weight, plan):
-        target = _prepare(query, key, temporal, plan.target_scale, plan.rows)
-        source = _prepare(source_query, source_key, source_temporal, plan.source_scale, plan.rows)
+        target = _prepare(query, key, temporal, plan.target_scale, plan)
+        source = _prepare(source_query, source_key, source_temporal, plan.source_scale, plan)
         if weight is not None:
             weight = weight.to(target.query)
         sums = _Sums()
         for places in _pairs_of_blocks(blocks_of(query.shape[2], plan.rows)):
+            plan.on_tile()
             for omega_s, omega_t in zip(*(_scores_of(m, places, plan, weight) for m in (source, target)), strict=True):
                 sums.add(omega_s, omega_t)
         if plan.paths == "concat":
@@ -292,6 +304,7 @@ class _CosineLoss(torch.autograd.Function):
         to_dot, to_square = (g.to(target.query) for g in sums.gradient(-grad))
         total = _Gradients(*(torch.zeros_like(t) for t in ctx.saved_tensors))
         for places in _pairs_of_blocks(blocks_of(target.query.shape[2], plan.rows)):
+            plan.on_tile()
             _add_gradient(total, ctx.source, target, places, plan, ctx.weight, to_dot, to_square)
         if plan.paths == "concat":
             given, own = (_weighted_tau(t, ctx.weight) for t in (ctx.source.tau, target.tau))
@@ -391,4 +404,5 @@ def _add_normaliser_gradient(total: _Gradients, target: _Maps, plan: _Plan):
     """Carries the gradient of each row's log-sum-exp into query and key: d lse / d logits is the softmax."""
     blocks = blocks_of(target.query.shape[2], plan.rows)
     for p, q in product(blocks, blocks):
+        plan.on_tile()
         total.add_logits(target.tile(p, q).mul_(total.lse[:, :, p, None]), target, p, q)

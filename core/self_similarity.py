@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from .attention_features import dot, in_float64
+
 CHANNEL_SHARE = 1.5
 """Tokens over channels above which channels x channels tensors are the cheaper form."""
 TILE_ELEMENTS = 2**22
@@ -60,14 +62,14 @@ class _SquaredDifference(torch.autograd.Function):
     @staticmethod
     def forward(ctx, target: Tensor, source: Tensor) -> Tensor:
         form = _by_channels if target.shape[1] > CHANNEL_SHARE * target.shape[2] else _by_rows
-        value, gradient = torch.zeros((), dtype=torch.float64, device=target.device), []
+        values, gradient = [], []
         for t, s in zip(target, source, strict=True):
             of_frame, slope = form(t, s, ctx.needs_input_grad[0])
-            value += of_frame
+            values.append(of_frame)
             gradient.append(slope)
         if ctx.needs_input_grad[0]:
             ctx.save_for_backward(torch.stack(gradient))
-        return value.to(target.dtype)
+        return torch.stack(values).sum().to(target)
 
     @staticmethod
     def backward(ctx, outer: Tensor):
@@ -79,8 +81,8 @@ def _by_channels(target: Tensor, source: Tensor, with_gradient: bool) -> tuple[T
     """(N, C) each; channels x channels tensors: |(D P' + P D') / 2|^2 = (<D'D, P'P> + <P'D, D'P>) / 2."""
     difference, both = target - source, target + source
     cross = both.mT @ difference
-    value = ((difference.mT @ difference).double() * (both.mT @ both).double()).sum()
-    value = ((value + (cross.double() * cross.mT.double()).sum()) / 2).clamp(min=0)
+    value = (in_float64(difference.mT @ difference) * in_float64(both.mT @ both)).sum()
+    value = ((value + (in_float64(cross) * in_float64(cross.mT)).sum()) / 2).clamp(min=0)
     if not with_gradient:
         return value, None
     return value, 2 * (difference @ (both.mT @ target) + both @ (difference.mT @ target))
@@ -89,10 +91,10 @@ def _by_channels(target: Tensor, source: Tensor, with_gradient: bool) -> tuple[T
 def _by_rows(target: Tensor, source: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
     """(N, C) each; some rows of (D P' + P D') / 2 at a time."""
     difference, both = target - source, target + source
-    value, slopes = torch.zeros((), dtype=torch.float64, device=target.device), []
+    values, slopes = [], []
     for rows in torch.arange(len(target), device=target.device).split(max(1, TILE_ELEMENTS // len(target))):
         apart = (difference[rows] @ both.mT + both[rows] @ difference.mT) / 2
-        value += apart.double().square().sum()
+        values.append(dot(apart, apart))
         if with_gradient:
             slopes.append(4 * apart @ target)
-    return value, torch.cat(slopes) if with_gradient else None
+    return torch.stack(values).sum(), torch.cat(slopes) if with_gradient else None

@@ -252,12 +252,14 @@ class _Passes:
     def _losses(self, held, keys: dict[str, Tensor], features: dict) -> dict[str, Tensor]:
         source_keys, source_features = held
         forms = {SPATIAL: spatial_self_similarity_loss, TEMPORAL: temporal_self_similarity_loss}
-        found = {}
+        found, stop = {}, comfy.model_management.throw_exception_if_processing_interrupted
         for name in self._of_model:
             if name == RELEVANCE:
                 pairs = [(source_features[path], features[path]) for path in source_features]
                 losses = [
-                    matching_loss(source, target, rows=small_tile(source) if self._take.low_memory else None)
+                    matching_loss(
+                        source, target, rows=small_tile(source) if self._take.low_memory else None, on_tile=stop
+                    )
                     for source, target in pairs
                 ]
             else:

@@ -4,6 +4,7 @@ import logging
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
+import comfy.model_management as management
 import torch
 from torch import Tensor
 
@@ -301,8 +302,8 @@ class _MatchingRun:
             return {path: 1 - to_latent_grid(mask, *grid[1:]).flatten(1) for path, grid in recorder.grids.items()}
 
     def _loss(self, source: _Source, target: dict[str, AttentionFeatures]) -> Tensor:
-        losses = []
+        losses, stop = [], management.throw_exception_if_processing_interrupted
         for path, own in source.features.items():
             rows, weight = small_tile(own) if self.take.low_memory else None, source.weights.get(path)
-            losses.append(matching_loss(own, target[path], rows=rows, weight=weight, **self._score.form))
+            losses.append(matching_loss(own, target[path], rows=rows, weight=weight, on_tile=stop, **self._score.form))
         return torch.stack(losses).mean()

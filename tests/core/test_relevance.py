@@ -195,3 +195,34 @@ def test_sizes_that_differ_are_refused():
     with pytest.raises(ValueError, match="do not fit together"):
         f = features(0)
         AttentionFeatures(f.query, f.key[:, :, :-1], f.temporal)
+
+
+@pytest.mark.parametrize("temporal", [True, False], ids=["through space and time", "full attention"])
+def test_a_loss_stops_before_any_tile(temporal):
+    """What is called before a tile may raise, in the forward and in the backward pass."""
+    calls = []
+
+    class Stopped(Exception):
+        pass
+
+    def stop_at(n):
+        calls.append(None)
+        if len(calls) == n:
+            raise Stopped
+
+    source, target = (f if temporal else AttentionFeatures(f.query, f.key) for f in (features(0), features(1)))
+    target = target.map(lambda t: t.clone().requires_grad_())
+
+    def value_and_gradient(n):
+        calls.clear()
+        loss = matching_loss(source, target, rows=4, on_tile=lambda: stop_at(n))
+        before = len(calls)
+        loss.backward()
+        return before, len(calls)
+
+    of_forward, of_both = value_and_gradient(None)
+    tiles = -(-TOKENS // 4)
+    assert of_forward >= tiles * (tiles + 1) // 2 and of_both - of_forward >= tiles * (tiles + 1) // 2
+    for n in range(1, of_both + 1):
+        with pytest.raises(Stopped):
+            value_and_gradient(n)

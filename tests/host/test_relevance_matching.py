@@ -258,6 +258,49 @@ def test_an_interrupt_in_the_backward_pass_leaves_the_model_as_it_was(trajectory
     assert torch.equal(run(sampler(trajectory, memory=memory), edit), expected)
 
 
+@pytest.mark.parametrize("memory", ["auto", "low"])
+def test_an_interrupt_acts_before_the_next_layer(trajectory, edit, memory):
+    """Wherever in a run it comes: in a prediction, in the pass with gradient, in blocks that run again."""
+    layers = [m for m in trajectory.model.model.diffusion_model.modules() if hasattr(m, "in_features")]
+
+    def calls_of_a_run(press_at=None):
+        calls = []
+
+        def count(*_):
+            calls.append(None)
+            if len(calls) == press_at:
+                management.interrupt_current_processing()
+
+        hooks = [layer.register_forward_hook(count) for layer in layers]
+        try:
+            run(sampler(trajectory, memory=memory), edit)
+        except management.InterruptProcessingException:
+            return len(calls)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        assert press_at is None, "the run went on"
+        return len(calls)
+
+    total = calls_of_a_run()
+    for press_at in range(1, total, total // 9):
+        assert calls_of_a_run(press_at) == press_at
+
+
+def test_an_interrupt_acts_between_tiles_of_a_loss(trajectory, edit, monkeypatch):
+    def press_stop(loss, *args, on_tile, **options):
+        def pressed():
+            management.interrupt_current_processing()
+            on_tile()
+
+        with pytest.raises(management.InterruptProcessingException):
+            loss(*args, on_tile=pressed, **options)
+        return loss(*args, **options)
+
+    watched(monkeypatch, press_stop)
+    run(sampler(trajectory), edit)
+
+
 def test_other_errors_are_not_taken_for_memory(trajectory, edit, monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("shapes differ")
