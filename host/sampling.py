@@ -151,9 +151,9 @@ class TrajectorySampler(comfy.samplers.Sampler):
     """Samples from the latents of an inversion, whatever noise is connected .
 
     mask: (F, H, W), 1 = edit, any size; dilation in source pixels. Outside it the latent follows the source. A function
-    of `before_step` may have `check(mask)`, which raises ValueError before the first step. goes_on: starts from the
-    latent that is connected, which an edit by another model of the same schedule left at the first sigma. say: shows a
-    message on the sampler's node.
+    of `before_step` may have `check(mask)`, which raises ValueError before the first step. continue_from_latent: starts
+    from the latent that is connected, which an edit by another model of the same schedule left at the first sigma. say:
+    shows a message on the sampler's node.
     """
 
     REMEMBERED = 4
@@ -167,10 +167,10 @@ class TrajectorySampler(comfy.samplers.Sampler):
         dilation: float = 0.0,
         blend_source: BlendSource = "trajectory",
         before_step: Sequence[StepFunction] = (),
-        goes_on: bool = False,
+        continue_from_latent: bool = False,
         say: NodeText = LOG,
     ):
-        self.trajectory, self.goes_on, self.say = trajectory, goes_on, say
+        self.trajectory, self.continue_from_latent, self.say = trajectory, continue_from_latent, say
         self.before_step = tuple(before_step)
         self.dilation, self.blend_source = dilation, blend_source
         self.grid = None if mask is None else grid_mask(mask, trajectory, dilation)
@@ -222,7 +222,7 @@ class TrajectorySampler(comfy.samplers.Sampler):
             return self.trajectory.latents[first + k].to(noise)
 
         x, last = source(0).clone(), len(sigmas) - 1
-        if self.goes_on:
+        if self.continue_from_latent:
             x = sampling.noise_scaling(sigmas[0], torch.zeros_like(noise), latent_image)
         with contextlib.closing(run):
             for k in range(last):

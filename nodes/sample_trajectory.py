@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from .types import TRAJECTORY_TYPE, goes_on_input, mask_inputs, show_share, text_of
+from .types import TRAJECTORY_TYPE, continue_from_latent_input, mask_inputs, show_share, text_of
 
 
 class SampleFromTrajectory(io.ComfyNode):
@@ -20,17 +20,17 @@ class SampleFromTrajectory(io.ComfyNode):
             inputs=[
                 TRAJECTORY_TYPE.Input("trajectory", tooltip="The inverted clip, from Invert Video."),
                 *mask_inputs(),
-                goes_on_input(),
+                continue_from_latent_input(),
             ],
             outputs=[io.Sampler.Output(display_name="sampler", tooltip="Connect it to SamplerCustomAdvanced.")],
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
-    def execute(cls, trajectory, dilation, blend, mask=None, goes_on=False) -> io.NodeOutput:
+    def execute(cls, trajectory, dilation, blend, mask=None, continue_from_latent=False) -> io.NodeOutput:
         from ..host.sampling import TrajectorySampler
 
         where = {"mask": mask, "dilation": dilation, "blend_source": blend}
-        sampler = TrajectorySampler(trajectory, goes_on=goes_on, say=text_of(cls), **where)
+        sampler = TrajectorySampler(trajectory, continue_from_latent=continue_from_latent, say=text_of(cls), **where)
         show_share(cls, sampler)
         return io.NodeOutput(sampler)

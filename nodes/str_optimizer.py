@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from .types import SCORE_TYPE, goes_on_input, mask_inputs, show_share, text_of, valid_window
+from .types import SCORE_TYPE, continue_from_latent_input, mask_inputs, show_share, text_of, valid_window
 
 
 class STRLatentOptimizer(io.ComfyNode):
@@ -85,7 +85,7 @@ class STRLatentOptimizer(io.ComfyNode):
                     tooltip="low: compute activations again instead of keeping them: a third of the memory or less, "
                     "and somewhat slower. auto: only when memory is short.",
                 ),
-                goes_on_input(),
+                continue_from_latent_input(),
             ],
             outputs=[io.Sampler.Output(display_name="sampler", tooltip="Connect it to SamplerCustomAdvanced.")],
             hidden=[io.Hidden.unique_id],
@@ -103,7 +103,7 @@ class STRLatentOptimizer(io.ComfyNode):
         dilation,
         blend,
         mask=None,
-        goes_on=False,
+        continue_from_latent=False,
         *,
         start_percent,
         end_percent,
@@ -115,10 +115,10 @@ class STRLatentOptimizer(io.ComfyNode):
 
         matching = RelevanceMatching(score, strength, start=start_percent, end=end_percent, rule=step_rule, **settings)
         before_step = [redraw_noise, matching] if matching.task in NEW_CONTENT else [matching]
-        if goes_on:  # the first model has drawn the new noise
+        if continue_from_latent:  # the first model has drawn the new noise
             before_step = [matching]
         where = {"mask": mask, "dilation": dilation, "blend_source": blend}
-        options = {"before_step": before_step, "goes_on": goes_on, "say": text_of(cls)}
+        options = {"before_step": before_step, "continue_from_latent": continue_from_latent, "say": text_of(cls)}
         sampler = TrajectorySampler(score.trajectory, **options, **where)
         show_share(cls, sampler)
         return io.NodeOutput(sampler)

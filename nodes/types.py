@@ -81,10 +81,10 @@ def mask_inputs() -> list:
     ]
 
 
-def goes_on_input() -> io.Boolean.Input:
+def continue_from_latent_input() -> io.Boolean.Input:
     """Whether a sampler goes on with an unfinished edit: the same input on every sampler of a trajectory."""
     return io.Boolean.Input(
-        "goes_on",
+        "continue_from_latent",
         default=False,
         optional=True,
         advanced=True,

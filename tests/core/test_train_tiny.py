@@ -72,7 +72,7 @@ def test_parameters_without_a_gradient_stay():
     assert torch.equal(layers["b"].weight, before)
 
 
-def test_muon_fits_a_convolution_and_goes_on_from_its_state():
+def test_muon_fits_a_convolution_and_continue_from_latent_from_its_state():
     def run(steps, restart_at=None):
         torch.manual_seed(0)
         layer, x = torch.nn.Conv2d(8, 8, 3, padding=1), torch.randn(4, 8, 6, 6)
@@ -254,7 +254,7 @@ def run_folder(tmp_path_factory):
     return folder
 
 
-def test_a_run_writes_goes_on_and_refuses_another_configuration(run_folder):
+def test_a_run_writes_continue_from_latent_and_refuses_another_configuration(run_folder):
     first = checkpoints.load(run_folder / "unet.pt")
     train_unet.train(0, settings(run_folder, minutes=0.05), "")
     second = checkpoints.load(run_folder / "unet.pt")

@@ -844,7 +844,7 @@ def test_two_models_of_one_schedule_do_what_one_does(family):
 
     expected = edited(low, whole, empty)
     half = edited(high, upper, empty)
-    assert support.relative(edited(low, lower, half, goes_on=True), expected) <= 1e-4
+    assert support.relative(edited(low, lower, half, continue_from_latent=True), expected) <= 1e-4
     assert support.relative(edited(low, lower, half), expected) > 1e-3  # from the inverted clip: another edit
     with pytest.raises(ValueError, match="guider: its model is not the one that was inverted"):
         edited(low, upper, empty)
