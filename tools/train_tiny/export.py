@@ -14,6 +14,8 @@ import json
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -28,34 +30,49 @@ from diffusers import DDIMScheduler, TextToVideoSDPipeline, UNet3DConditionModel
 from safetensors.torch import load_file, save_file
 from spacetime_edit.tools.shape_world import variety, world
 from spacetime_edit.tools.train_tiny import checkpoints
-from spacetime_edit.tools.train_tiny.parts import SCHEDULE, make_text_encoder, make_unet, read_vae
-from spacetime_edit.tools.train_tiny.words import END_OF_WORD, VOCABULARY, WORDS, token_ids, write_tokenizer
+from spacetime_edit.tools.train_tiny.parts import make_text_encoder, make_unet, read_vae, tidy
+from spacetime_edit.tools.train_tiny.words import END_OF_WORD, SHAPE_WORLD, Vocabulary
 from transformers import CLIPTextModel, CLIPTokenizer
 
-MAX_BYTES = 10 * 2**20
 CAPTIONS_CHECKED = 400
 PREFIX = "text_model."
 
 
-def trained_parts(run: Path) -> tuple[UNet3DConditionModel, CLIPTextModel, dict]:
-    """The U-Net and the text encoder of RUN/best.pt, and that checkpoint."""
-    saved = checkpoints.load(run / "best.pt")
+@dataclass(frozen=True)
+class Kind:
+    """What the models of one world have in common.
+
+    caption: one of a random scene; max_bytes: of a folder.
+    """
+
+    vocabulary: Vocabulary
+    caption: Callable[[np.random.Generator], str]
+    max_bytes: int
+
+
+TINY = Kind(SHAPE_WORLD, lambda generator: world.caption(variety.sample(generator)), 10 * 2**20)
+
+
+def trained_parts(saved: Mapping, vocabulary: Vocabulary = SHAPE_WORLD) -> tuple[UNet3DConditionModel, CLIPTextModel]:
+    """The U-Net and the text encoder of a checkpoint."""
     configuration = saved["configuration"]
     attends = configuration.get("blocks", ["DownBlock3D"])[-1].startswith("CrossAttn")
-    unet, text = make_unet(configuration["channels"], configuration["head"], attends), make_text_encoder()
+    unet = make_unet(configuration["channels"], configuration["head"], attends)
+    text = make_text_encoder(vocabulary)
     for name, part in (("unet", unet), ("text", text)):
         weights = saved["weights"].items()
         own = {k.removeprefix(f"{name}."): v for k, v in weights if k.startswith(f"{name}.")}
         part.load_state_dict({k.removeprefix(PREFIX): v for k, v in own.items()})  # of older transformers
-    return unet.eval(), text.eval(), saved
+    silence_pieces(text, vocabulary)
+    return unet.eval(), text.eval()
 
 
 @torch.no_grad()
-def silence_pieces(text: CLIPTextModel) -> None:
+def silence_pieces(text: CLIPTextModel, vocabulary: Vocabulary) -> None:
     """Zero the embeddings of letters and pieces of words, which no caption held."""
-    words = {VOCABULARY[word + END_OF_WORD] for word in WORDS} | {0, 1}
+    words = {vocabulary.numbers[word + END_OF_WORD] for word in vocabulary.words} | {0, 1}
     table = text.get_input_embeddings().weight
-    table[[number for number in VOCABULARY.values() if number not in words]] = 0
+    table[[number for number in vocabulary.numbers.values() if number not in words]] = 0
 
 
 def add_prefix(path: Path) -> None:
@@ -65,46 +82,40 @@ def add_prefix(path: Path) -> None:
         save_file({PREFIX + key: value for key, value in state.items()}, path, metadata={"format": "pt"})
 
 
-def write(run: Path, folder: Path) -> dict:
-    """The folder; what `training.json` says."""
-    unet, text, saved = trained_parts(run)
-    silence_pieces(text)
-    write_tokenizer(folder / "tokenizer")
+def write(saved: Mapping, vae, folder: Path, kind: Kind = TINY) -> dict:
+    """The folder of a checkpoint and its VAE; what `training.json` says."""
+    unet, text = trained_parts(saved, kind.vocabulary)
+    kind.vocabulary.write_tokenizer(folder / "tokenizer")
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
     pipeline = TextToVideoSDPipeline(
-        vae=read_vae(run).half(),
+        vae=vae.half(),
         text_encoder=text.half(),
         tokenizer=tokenizer,
         unet=unet.half(),
-        scheduler=DDIMScheduler(**SCHEDULE),
+        scheduler=DDIMScheduler(**saved["configuration"]["schedule"]),
     )
     pipeline.save_pretrained(folder, safe_serialization=True)
-    write_tokenizer(folder / "tokenizer")  # the classic files beside the one that this version of the library prefers
+    # the classic files beside the one that this version of the library prefers
+    kind.vocabulary.write_tokenizer(folder / "tokenizer")
     add_prefix(folder / "text_encoder" / "model.safetensors")
-    for path in folder.rglob("*.safetensors"):
-        path.chmod(0o644)
-    for path in folder.rglob("config.json"):  # without the folder that a part was read from
-        entries = json.loads(path.read_text(encoding="utf-8"))
-        if entries.pop("_name_or_path", None) is not None:
-            path.write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
+    tidy(folder)
     about = {"held_out_loss": -saved["score"], "step": saved["step"], "minutes": round(saved["seconds"] / 60, 1)}
     (folder / "training.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
     return about
 
 
-def check(run: Path, folder: Path) -> None:
+def check(saved: Mapping, folder: Path, kind: Kind = TINY) -> None:
     """Raises ValueError where the folder does not read back as it was written."""
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    if size > MAX_BYTES:
-        raise ValueError(f"{folder} has {size} bytes, more than {MAX_BYTES}")
+    if size > kind.max_bytes:
+        raise ValueError(f"{folder} has {size} bytes, more than {kind.max_bytes}")
     pipeline = TextToVideoSDPipeline.from_pretrained(folder, torch_dtype=torch.float32, low_cpu_mem_usage=False)
     generator = np.random.default_rng(0)
-    for caption in ("", *(world.caption(variety.sample(generator)) for _ in range(CAPTIONS_CHECKED))):
+    for caption in ("", *(kind.caption(generator) for _ in range(CAPTIONS_CHECKED))):
         options = {"padding": "max_length", "max_length": pipeline.tokenizer.model_max_length, "truncation": True}
-        if pipeline.tokenizer(caption, **options).input_ids != token_ids(caption):
+        if pipeline.tokenizer(caption, **options).input_ids != kind.vocabulary.token_ids(caption):
             raise ValueError(f"the tokenizer reads {caption!r} in another way than the training did")
-    unet, text, _ = trained_parts(run)
-    silence_pieces(text)
+    unet, text = trained_parts(saved, kind.vocabulary)
     for name, part, read in (("unet", unet, pipeline.unet), ("text encoder", text, pipeline.text_encoder)):
         there = read.state_dict()
         for key, value in part.state_dict().items():
@@ -114,11 +125,16 @@ def check(run: Path, folder: Path) -> None:
 
 
 def export(run: Path, folder: Path, force: bool = False) -> None:
-    """Write and check the run's model, then put it in the folder's place.
+    """Put the model of RUN/best.pt in the folder's place, as `replace_folder` does."""
+    replace_folder(checkpoints.load(run / "best.pt"), read_vae(run), run, folder, force=force)
+
+
+def replace_folder(saved: Mapping, vae, run: Path, folder: Path, kind: Kind = TINY, force: bool = False) -> None:
+    """Write and check the model of a checkpoint of `run`, then put it in the folder's place.
 
     Raises CheckpointError where the folder's model has no higher held-out loss, unless force.
     """
-    loss, there = -checkpoints.load(run / "best.pt")["score"], np.inf
+    loss, there = -saved["score"], np.inf
     if (report := folder / "training.json").is_file():
         there = json.loads(report.read_text(encoding="utf-8"))["held_out_loss"]
     if loss >= there and not force:
@@ -126,8 +142,8 @@ def export(run: Path, folder: Path, force: bool = False) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         made = Path(scratch) / "model"
-        print(write(run, made))
-        check(run, made)
+        print(write(saved, vae, made, kind))
+        check(saved, made, kind)
         if folder.exists():
             shutil.rmtree(folder)
         made.rename(folder)

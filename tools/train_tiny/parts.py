@@ -134,6 +134,16 @@ def read_text_encoder(folder: Path, vocabulary: Vocabulary = SHAPE_WORLD) -> CLI
     return encoder
 
 
+def tidy(folder: Path) -> None:
+    """What `save_pretrained` wrote, readable to all and without the folder that a part was read from."""
+    for path in folder.rglob("*.safetensors"):
+        path.chmod(0o644)
+    for path in folder.rglob("config.json"):
+        entries = json.loads(path.read_text(encoding="utf-8"))
+        if entries.pop("_name_or_path", None) is not None:
+            path.write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
+
+
 def ids_of(captions: Iterable[str], vocabulary: Vocabulary = SHAPE_WORLD) -> Tensor:
     """(B, 24)."""
     return torch.tensor([vocabulary.token_ids(caption) for caption in captions])
