@@ -31,7 +31,8 @@ import comfy.samplers
 from spacetime_edit.benchmarks._editing import Editor, Settings
 from spacetime_edit.benchmarks._figures import verdict
 from spacetime_edit.benchmarks._timing import RUNS, interleaved, medians, peak_bytes
-from spacetime_edit.host.distillation import SPATIAL, TEMPORAL, Distillation, key_blocks, optimise
+from spacetime_edit.host.distillation import SPATIAL, TEMPORAL, Distillation, optimise
+from spacetime_edit.host.features import key_blocks
 from spacetime_edit.host.model_pass import call_model
 
 FORWARD, SCORE, SPATIAL_ONLY, FULL, LEAN = "forward", "DDS", "DDS + S-SSM", "DreamMotion", "DreamMotion, memory low"

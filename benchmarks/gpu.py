@@ -58,7 +58,8 @@ from spacetime_edit.benchmarks._random_wan import WanClip, Watched, random_wan
 from spacetime_edit.core.region_attention import modulated_attention
 from spacetime_edit.core.regions import Region
 from spacetime_edit.core.trajectory import Trajectory
-from spacetime_edit.host.distillation import Distillation, key_blocks, optimise
+from spacetime_edit.host.distillation import Distillation, optimise
+from spacetime_edit.host.features import key_blocks
 from spacetime_edit.host.inversion import reconstruct, reconstruction_db
 from spacetime_edit.host.loaders import unet3d
 from spacetime_edit.host.region_patch import RegionModulation, patch_regions

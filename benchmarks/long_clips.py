@@ -36,7 +36,8 @@ from spacetime_edit.benchmarks._figures import verdict
 from spacetime_edit.benchmarks._timing import peak_bytes
 from spacetime_edit.core.metrics import seam
 from spacetime_edit.core.trajectory import Trajectory
-from spacetime_edit.host.distillation import SPATIAL, TEMPORAL, Distillation, key_blocks, optimise
+from spacetime_edit.host.distillation import SPATIAL, TEMPORAL, Distillation, optimise
+from spacetime_edit.host.features import key_blocks
 from spacetime_edit.host.sampling import TrajectorySampler
 from spacetime_edit.tools.shape_world import world
 

@@ -40,7 +40,8 @@ from spacetime_edit.benchmarks._cases import measure as measure_edit
 from spacetime_edit.benchmarks._editing import Editor, Settings, copy, run, swap, through_vae
 from spacetime_edit.core.masks import dilate
 from spacetime_edit.core.trajectory import Trajectory
-from spacetime_edit.host.distillation import MOTION, RELEVANCE, SPATIAL, TEMPORAL, Distillation, key_blocks, optimise
+from spacetime_edit.host.distillation import MOTION, RELEVANCE, SPATIAL, TEMPORAL, Distillation, optimise
+from spacetime_edit.host.features import key_blocks
 from spacetime_edit.tools.shape_world import world
 
 SDS, DDS, WITH_S, WITH_T = "SDS", "DDS", "DDS + S-SSM", "DDS + T-SSM"

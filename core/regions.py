@@ -43,6 +43,13 @@ class Region:
     mask: Tensor
     occurrence: int = ONLY
 
+    def __post_init__(self):
+        if not self.mask.numel() or not self.mask.isfinite().all():
+            raise ValueError(
+                f"mask of {self.phrase!r}: it {'holds NaN or infinity' if self.mask.numel() else 'has no frame'}; "
+                f"expected one mask for the clip or one a frame, from 0 to 1"
+            )
+
 
 # --- masks --------------------------------------------------------------
 

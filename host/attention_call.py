@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from math import prod
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -129,11 +131,11 @@ class AttentionCall:
     """One attention call. query (B, H, N, D), key and value (B, H, M, D), logits are `scale` q k + `mask`.
 
     mask: additive, (B or 1, H or 1, N or 1, M). attend: the attention that would have been computed, for other
-    arguments (query, key, value, scale, attn_mask). grid: (F, h, w) of the layer's tokens. Spatial and cross-attention
-    of a U-Net: B = prompts * F, N = h w; temporal: B = prompts * h w, N = F. Of a transformer: B = prompts, N = F h w,
-    and what else is in `extra`. Rows are prompt-major. inflation: how spatial attention spans frames; query, key and
-    value are those of several frames then; uninflated: the call as the model made it. first: the place of the first
-    query among the layer's, of which another pack may ask for some at a time.
+    arguments (query, key, value, scale, attn_mask, asking; see `who_asks`). grid: (F, h, w) of the layer's tokens.
+    Spatial and cross-attention of a U-Net: B = prompts * F, N = h w; temporal: B = prompts * h w, N = F. Of a
+    transformer: B = prompts, N = F h w, and what else is in `extra`. Rows are prompt-major. inflation: how spatial
+    attention spans frames; query, key and value are those of several frames then; uninflated: the call as the model
+    made it. first: the place of the first query among the layer's, of which another pack may ask for some at a time.
     """
 
     layer: Layer
@@ -173,8 +175,8 @@ class AttentionCall:
         if len(rows) != self.query.shape[0]:
             raise ValueError(
                 f"model: {self.layer.path} attends in {self.query.shape[0]} batch rows, expected {len(rows)} for "
-                f"{len(run.prompts)} prompts; remove the node that adds prompts of its own to the batch or cuts frames "
-                f"into tiles (NAG for a whole batch, HyperTile)"
+                f"{len(run.prompts)} prompts; give it one clip at a time (batch_size 1), and remove a node that adds "
+                f"prompts of its own to the batch or cuts frames into tiles (NAG for a whole batch, HyperTile)"
             )
         return rows
 
@@ -265,16 +267,12 @@ def describe_call(
     scale = kwargs.get("scale") or query.shape[-1] ** -0.5
     mask = args[4] if len(args) > 4 else kwargs.get("mask")
     mask = None if mask is None else _additive(mask, query.dtype)
-    inflated = _inflated(run, layer, query, key)
-    joined = len(run.frames) if inflated and run.inflation.keys == "all frames" else 1
-    grid, attend = _grid(layer, query, run, kwargs, tokens, joined), partial(_attend, proceed, kwargs)
+    grid, attend = _grid(layer, query, run, kwargs, tokens), partial(_attend, proceed, kwargs)
     call = AttentionCall(layer, query, key, value, scale, grid, run, mask, attend, None, first)
     if not _spans_frames(run, layer) or not run.inflation.at(call.level):
         return call
     if mask is not None:
         raise ValueError(f"model: {layer.path} masks its attention, which cannot be inflated to several frames")
-    if inflated:
-        return replace(call, inflation=run.inflation)
     query, key, value = run.inflation.inflate(query, key, value, grid[0])
     return replace(call, query=query, key=key, value=value, inflation=run.inflation, uninflated=call)
 
@@ -283,15 +281,6 @@ def _spans_frames(run: ModelRun, layer: Layer) -> bool:
     """Whether a layer's attention spans several frames by inflation, at some levels."""
     inflation = run.inflation
     return layer.kind == "spatial" and inflation is not None and inflation.keys != "per frame" and len(run.frames) > 1
-
-
-def _inflated(run: ModelRun, layer: Layer, query: Tensor, key: Tensor) -> bool:
-    """Whether query (B, H, N, D) and key of a call are those of several frames already, by another tap."""
-    if not _spans_frames(run, layer):
-        return False
-    if run.inflation.keys == "all frames":
-        return query.shape[0] == len(run.prompts)
-    return key.shape[2] != query.shape[2]
 
 
 # --- geometry -----------------------------------------------------------
@@ -329,10 +318,8 @@ def _token_frames(frames: tuple[int, ...], together: int) -> tuple[int, ...]:
     return tuple(part[0] // together for part in parts)
 
 
-def _grid(
-    layer: Layer, query: Tensor, run: ModelRun, kwargs: dict, tokens: int | None, joined: int
-) -> tuple[int, int, int]:
-    """(F, h, w) of a call's tokens; joined: frames whose queries stand one behind another.
+def _grid(layer: Layer, query: Tensor, run: ModelRun, kwargs: dict, tokens: int | None) -> tuple[int, int, int]:
+    """(F, h, w) of a call's tokens.
 
     Of a U-Net what the host says of a layer, or the latent's size halved, rounding up, until it holds as many tokens as
     the layer has; of a transformer its patches, beside which there may be other tokens.
@@ -346,7 +333,7 @@ def _grid(
                 f"guide frames of LTX-Video from the conditioning, or a node that merges tokens"
             )
         return grid
-    seen, known = tokens or query.shape[2] // joined, None
+    seen, known = tokens or query.shape[2], None
     if layer.kind == "temporal":
         seen = query.shape[0] // len(run.prompts)
     elif known := (kwargs.get("transformer_options") or {}).get("activations_shape"):
@@ -379,9 +366,35 @@ OF_THE_CALL = ("heads", "mask", "scale", "skip_reshape", "skip_output_reshape", 
 """Keyword arguments of the host's attention that describe its tensors; the others pass through."""
 
 
-def _attend(proceed: Callable, kwargs: dict, query: Tensor, key: Tensor, value: Tensor, scale: float, attn_mask=None):
+Asking = Literal["the model", "a part", "a look"]
+
+_asking: ContextVar[Asking] = ContextVar("asking", default="the model")
+
+
+def who_asks() -> Asking:
+    """Whose the attention is that is asked for here: the model's own, or a listener's.
+
+    A part: of a call, or with more channels, by a patch that replaces the call; no other tap is asked. A look: what
+    the call would give, with the patches of other taps.
+    """
+    return _asking.get()
+
+
+def _attend(
+    proceed: Callable,
+    kwargs: dict,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    attn_mask: Tensor | None = None,
+    asking: Asking = "a part",
+) -> Tensor:
     """(B, H, N, D) by the host's attention. Without its 8-bit kernels: extra channels may be far larger than others."""
     passed = {name: value for name, value in kwargs.items() if name not in OF_THE_CALL}
     options = {"mask": attn_mask, "skip_reshape": True, "scale": scale, "low_precision_attention": False}
-    heads = query.shape[1]
-    return proceed(query, key, value, heads, **passed | options).unflatten(-1, (heads, -1)).transpose(1, 2)
+    heads, before = query.shape[1], _asking.set(asking)
+    try:
+        return proceed(query, key, value, heads, **passed | options).unflatten(-1, (heads, -1)).transpose(1, 2)
+    finally:
+        _asking.reset(before)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from .animatediff import bridged
-from .attention_call import AttentionCall, ModelRun, describe_call, describe_run
+from .attention_call import AttentionCall, ModelRun, describe_call, describe_run, who_asks
 from .families import Kind, Layer, attention_layers, family_of, layers_in
 
 KEY = "spacetime_edit_tap"
@@ -147,6 +147,10 @@ class AttentionTap:
         ]
 
     @property
+    def listeners(self) -> tuple[Listener, ...]:
+        return self._listeners
+
+    @property
     def entered(self) -> bool:
         """Whether any attention module ran in the last run."""
         return bool(self._entered)
@@ -228,15 +232,16 @@ class AttentionTap:
         entered = self._stack[-1]
         layer, count = entered.layer, args[0].shape[2 if kwargs.get("skip_reshape") else 1]
         self.heard.add(layer.path)
-        if layer.kind == "cross" and not entered.is_prompts(args[1]):
+        asking = who_asks()
+        if asking == "a part" or (asking == "the model" and layer.kind == "cross" and not entered.is_prompts(args[1])):
             return proceed(*args, **kwargs)
         tokens = entered.tokens if entered.tokens and entered.tokens >= count else None
         call = describe_call(layer, self._run, args, kwargs, proceed, tokens, entered.asked)
-        entered.asked += count
+        entered.asked += count if asking == "the model" else 0
         outputs = (listener(call) for listener in self._listeners)
         output = next((o for o in outputs if o is not None), None)
-        if output is None and call.uninflated is None:
-            return proceed(*args, **kwargs)
+        if output is None and (call.uninflated is None or running_taps()[0][0] is not self):
+            return proceed(*args, **kwargs)  # the last tap of the chain is the one to inflate
         if output is None:
             output = call.attend(call.query, call.key, call.value, call.scale)
         return call.answered(output, kwargs)

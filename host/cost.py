@@ -14,9 +14,10 @@ from .families import family_of, noise_space
 from .inversion import InversionSampler
 from .latents import check_clip_latent
 from .memory import GradientMemory
-from .model_pass import as_source, without_caches
+from .model_pass import as_source
 from .relevance_matching import MatchedStep, RelevanceMatching, check_window, str_score_of
 from .sampling import TrajectorySampler
+from .step_caches import without_caches
 
 PROBE_STEPS = 3
 """Steps of each probe; the first warms up and is not counted."""

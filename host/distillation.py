@@ -22,18 +22,28 @@ from ..core.self_similarity import spatial_self_similarity_loss, temporal_self_s
 from .attention_call import ModelRun
 from .attention_tap import ONE_GPU, AttentionTap
 from .conditioning import check_picture
-from .families import IN_SPACE, Layer, attention_layers, family_of, noise_space, select_blocks
+from .families import IN_SPACE, Layer, family_of, noise_space
 from .features import FeatureRecorder, KeyRecorder, Recorders
 from .gradient_pass import Asked, GradientPass, Gradients
 from .gradients import normal_tensor
 from .latents import check_clip_latent, frame_count, grid_mask_of, mask_like
 from .memory import small_tile
-from .model_pass import Window, at_step, by_window, call_model, check_handler, for_pass, leading_cond, without_caches
+from .model_pass import (
+    Window,
+    at_step,
+    begin_hooks,
+    by_window,
+    call_model,
+    check_handler,
+    check_prompts,
+    for_pass,
+)
 from .node_text import LOG, NodeText
 from .region_patch import tell_layouts_without_patch
 from .regional_prompts import SOURCE_POSITIVE
 from .relevance_matching import lacks_for_relevance
 from .sampling import share_of
+from .step_caches import without_caches
 
 log = logging.getLogger("spacetime_edit")
 
@@ -78,19 +88,6 @@ def check_times(t_range: tuple[float, float]) -> None:
         raise ValueError(f"t_min, t_max: they are {low} and {high}; expected 0 < t_min < t_max < 1")
 
 
-def key_blocks(model, layers: str = "") -> frozenset[str]:
-    """The blocks whose keys are compared: those named, or all on the way up, of a transformer the later half.
-
-    ValueError for what the model has not.
-    """
-    blocks = {layer.block for layer in attention_layers(model).values() if layer.kind in IN_SPACE}
-    if layers.strip():
-        return select_blocks(layers, blocks)
-    main = [name for name in blocks if not name.startswith("v")]  # not those of VACE's control video
-    later = sorted(main, key=lambda name: (name[0], int(name[1:])))[len(main) // 2 :]
-    return frozenset(block for block in blocks if block.startswith("u")) or frozenset(later)
-
-
 class DistillationSampler(comfy.samplers.Sampler):
     """Optimises the latent that it gets; the noise is its own, from `seed`.
 
@@ -113,7 +110,7 @@ class DistillationSampler(comfy.samplers.Sampler):
         disable_pbar=False,
     ):
         sampling, settings = model_wrap.inner_model.model_sampling, self.settings
-        check_prompts(model_wrap, settings)
+        check_prompts(model_wrap, settings.t_range, tuple(latent_image.shape[2:]))
         tell_layouts_without_patch(model_wrap.model_patcher, model_wrap.conds)
         looks = _Passes(settings, model_wrap, extra_args["model_options"], self.say)
         self.curve, shown = [], time.monotonic()
@@ -154,8 +151,8 @@ class _Seen(NamedTuple):
 
 NOTHING = Gradients({}, {})
 KNOBS = "the layers (such as u1)"
-PROMPTS_TESTED = 33
-"""Noise levels at which the prompts of a run are tried before its first step."""
+PLACES = {"text": 0, "negative": 1}
+"""Of the prompts among those of a host's call, by which other packs know them."""
 
 
 class _Passes:
@@ -171,8 +168,9 @@ class _Passes:
 
     def __call__(self, target: Tensor, source: Tensor, sigma: Tensor, scales: Mapping[str, float] | None) -> Look:
         """See `core.distillation.distill`; of the model's regularisers each gradient is a backward pass."""
-        self._options = at_step(self._given, sigma, self._step)
+        self._options, base = at_step(self._given, sigma, self._step), self._guider.inner_model
         self._step += 1
+        begin_hooks(base, [cond for conds in self._guider.conds.values() for cond in conds], sigma)
 
         def of_window(window: Window) -> _Seen:
             comfy.model_management.throw_exception_if_processing_interrupted()
@@ -185,7 +183,7 @@ class _Passes:
             of_source = of_source if self._settings.delta else {}
             return _Seen(of_target, of_source, Gradients(found.losses, own, total))
 
-        base, conds, sides = self._guider.inner_model, self._guider.conds, 2 if self._settings.delta else 1
+        conds, sides = self._guider.conds, 2 if self._settings.delta else 1
         seen = by_window(target, sigma, base, self._options, conds, 2 * sides + max(1, len(self._of_model)), of_window)
         losses, slopes, pull = dict(seen.held.losses), dict(seen.held.gradients), seen.held.total
         if MOTION in self._active:
@@ -239,8 +237,9 @@ class _Passes:
         alone = self._one_pass_predicts(window, prompts[branch])
         seen = self._metered(window, {b: p for b, p in prompts.items() if b != branch or not alone}, x, sigma)
         keys, features, recorder = self._recorders()
-        cond, options = window.leading_cond(prompts[branch], sigma), window.options(self._options)
-        asked = Asked(self._guider.inner_model, self._guider.model_patcher, cond, sigma, options, self._step)
+        cond, options = window.leading_cond(prompts[branch], sigma, x), window.options(self._options)
+        base, patcher = self._guider.inner_model, self._guider.model_patcher
+        asked = Asked(base, patcher, cond, sigma, options, self._step, PLACES[branch])
         losses = lambda: self._losses(held, keys.keys, {} if features is None else features.features)  # noqa: E731
         found = self._take(asked, x, recorder, losses, scales)
         return seen | ({branch: found.denoised} if alone else {}), found
@@ -291,12 +290,13 @@ class _Passes:
         for branch, prompt in prompts.items():
             one = branch == heard and tap is not None
             if one:
-                cond, needs = window.leading_cond(prompt, sigma), frozenset(IN_SPACE)
-                made = call_model(base, [cond], x, sigma, options, tap=tap, needs=needs, source=source)
+                cond, heard_by = window.leading_cond(prompt, sigma, x), {"tap": tap, "needs": frozenset(IN_SPACE)}
+                made = call_model(base, [cond], x, sigma, options, source=source, place=PLACES[branch], **heard_by)
                 if self._one_pass_predicts(window, prompt):
                     found[branch] = made
             if branch not in found:
-                found[branch] = call_model(base, window.conds[prompt], x, sigma, options, source=source)
+                conds, place = window.conds[prompt], PLACES[branch]
+                found[branch] = call_model(base, conds, x, sigma, options, source=source, place=place)
         return found
 
     def _by_others(self, window: Window, prompts: Mapping[str, str], x: Tensor, sigma: Tensor, source: bool):
@@ -389,12 +389,3 @@ def optimise(
         torch.zeros_like(latent), latent, sampler, sigmas, callback=callback, disable_pbar=True, seed=seed
     )
     return samples, sampler.curve
-
-
-def check_prompts(guider, settings: Distillation) -> None:
-    """ValueError unless each prompt of a run has a conditioning for the whole frame at every noise level of it."""
-    sampling = guider.inner_model.model_sampling
-    for t in torch.linspace(*settings.t_range, PROMPTS_TESTED).tolist():
-        sigma = torch.as_tensor(sampling.percent_to_sigma(1 - t))
-        for name, conds in guider.conds.items():
-            leading_cond(conds, sigma, name)

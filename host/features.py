@@ -9,7 +9,7 @@ from ..core.region_attention import HIDDEN
 from ..core.relevance import AttentionFeatures
 from .attention_call import AttentionCall
 from .attention_tap import EnoughSeen, Listener
-from .families import IN_SPACE
+from .families import IN_SPACE, attention_layers, select_blocks
 
 
 class FeatureRecorder:
@@ -87,6 +87,19 @@ class FeatureRecorder:
         if maps.shape[1] != heads:
             maps = maps.mean(1, keepdim=True).expand(-1, heads, -1, -1)
         return AttentionFeatures(query, key, maps, self._scales[path])
+
+
+def key_blocks(model, layers: str = "") -> frozenset[str]:
+    """The blocks whose keys are compared: those named, or all on the way up, of a transformer the later half.
+
+    ValueError for what the model has not.
+    """
+    blocks = {layer.block for layer in attention_layers(model).values() if layer.kind in IN_SPACE}
+    if layers.strip():
+        return select_blocks(layers, blocks)
+    main = [name for name in blocks if not name.startswith("v")]  # not those of VACE's control video
+    later = sorted(main, key=lambda name: (name[0], int(name[1:])))[len(main) // 2 :]
+    return frozenset(block for block in blocks if block.startswith("u")) or frozenset(later)
 
 
 class KeyRecorder:

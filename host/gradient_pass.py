@@ -28,7 +28,8 @@ SUM = "sum"
 
 class Asked(NamedTuple):
     """Which model call: the host's BaseModel and its ModelPatcher, one processed conditioning, sigma (scalar), the
-    options of a run on the frames of the latent, and the number of the step, from 1, for errors."""
+    options of a run on the frames of the latent, the number of the step, from 1, for errors, and the place of the
+    prompt, see `call_model`."""
 
     base_model: object
     patcher: object
@@ -36,6 +37,7 @@ class Asked(NamedTuple):
     sigma: Tensor
     options: dict
     step: int
+    place: int = 0
 
 
 class Gradients(NamedTuple):
@@ -113,6 +115,7 @@ class GradientPass:
                         needs=frozenset(IN_SPACE),
                         loss_scale=HALF_PRECISION_SCALE if half else 1.0,
                         mutates=family.mutates,
+                        place=asked.place,
                     )
                 break
             except (torch.OutOfMemoryError, management.ACCELERATOR_ERROR) as error:

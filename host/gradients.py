@@ -78,10 +78,11 @@ def latent_gradients(
     needs: frozenset[Kind] = frozenset(),
     loss_scale: float = 1.0,
     mutates: bool = False,
+    place: int = 0,
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Several losses of one conditional prediction, each with its own gradient; a backward pass each.
 
-    latent: as the sampler holds it; sigma: scalar; cond: one processed conditioning. tap, needs: see
+    latent: as the sampler holds it; sigma: scalar; cond: one processed conditioning. tap, needs, place: see
     `model_pass.call_model`. `loss_scale` keeps half-precision gradients out of underflow and is divided out. mutates:
     see `differentiable`.
     """
@@ -89,7 +90,7 @@ def latent_gradients(
     with differentiable(base_model, mutates=mutates, beside=_control_networks(cond)):
         x = latent.clone().requires_grad_()
         conds, level = [_normal_cond(cond)], normal_tensor(sigma)
-        values = losses(call_model(base_model, conds, x, level, model_options, tap=tap, needs=needs))
+        values = losses(call_model(base_model, conds, x, level, model_options, tap=tap, needs=needs, place=place))
         for left, (name, value) in zip(reversed(range(len(values))), values.items(), strict=True):
             gradient = torch.autograd.grad(value * loss_scale, x, retain_graph=left > 0)[0] / loss_scale
             found[name] = value.detach(), gradient

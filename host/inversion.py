@@ -11,9 +11,10 @@ from .conditioning import check_picture
 from .families import noise_space
 from .fingerprint import CLIP_TOLERANCE
 from .latents import check_clip_latent
-from .model_pass import as_source, without_caches
+from .model_pass import as_source, begin_hooks
 from .node_text import LOG, NodeText
 from .sampling import TrajectorySampler
+from .step_caches import without_caches
 
 RF_SIGMA_MAX = 0.999
 """At sigma 1 a rectified-flow latent holds no trace of the clip and cannot be inverted."""
@@ -41,8 +42,11 @@ class InversionSampler(comfy.samplers.Sampler):
         denoise_mask=None,
         disable_pbar=False,
     ):
+        everything = [cond for conds in model_wrap.conds.values() for cond in conds]
+
         def denoise(x, sigma):
             comfy.model_management.throw_exception_if_processing_interrupted()
+            begin_hooks(model_wrap.inner_model, everything, sigma)
             return model_wrap(x, sigma * x.new_ones(x.shape[0]), **extra_args)
 
         x, last = latent_image if self.begin is None else self.begin.to(latent_image), len(sigmas) - 1

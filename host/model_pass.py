@@ -5,7 +5,7 @@ asked for its attention: without step caches, which would answer in the network'
 network once, on all frames.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeVar
@@ -26,55 +26,15 @@ from .attention_call import RETAINED, SOURCE_RUN, shown_frames
 from .attention_tap import ONE_GPU, AttentionTap, Listener, until_enough_seen
 from .families import Kind
 from .latents import frame_count
+from .step_caches import uncached, without_caches
 
 Result = TypeVar("Result")
 
 HANDLER = "context_handler"
 """Key of the host's context windows in the options of a model."""
 PASS = "spacetime_edit_pass"
-CACHED = (WrappersMP.DIFFUSION_MODEL, WrappersMP.CALC_COND_BATCH, WrappersMP.PREDICT_NOISE, WrappersMP.OUTER_SAMPLE)
-"""Where step caches put their wrappers."""
-
-
-# --- step caches --------------------------------------------------------
-
-
-def caches_in(model_options: dict, wrappers: Mapping = {}) -> set[str]:
-    """Names of the step caches (EasyCache, LazyCache and their kind) in the options of a model, and in its wrappers."""
-    inner = model_options.get("transformer_options", {})
-    places = (inner.get("wrappers", {}), wrappers)
-    found = {name for own in places for place in CACHED for name in own.get(place, {}) if _is_cache(name)}
-    return found or {name for name in inner if _is_cache(name)}
-
-
-def without_caches(model):
-    """(a clone of a ModelPatcher without its step caches, their names); the model itself where it has none."""
-    names = caches_in(model.model_options, model.wrappers)
-    if not names:
-        return model, names
-    bare = model.clone()
-    bare.model_options = _uncached(bare.model_options)
-    for place in CACHED:
-        for name in names:
-            bare.remove_wrappers_with_key(place, name)
-    return bare, names
-
-
-def _is_cache(name: object) -> bool:
-    return isinstance(name, str) and "cache" in name.lower()
-
-
-def _uncached(model_options: dict) -> dict:
-    """A copy of the options of a model without step caches."""
-    options = create_model_options_clone(model_options)
-    inner = options.setdefault("transformer_options", {})
-    for name in [name for name in inner if _is_cache(name)]:
-        del inner[name]
-    for place in CACHED:
-        own = inner.get("wrappers", {}).get(place, {})
-        for name in [name for name in own if _is_cache(name)]:
-            del own[name]
-    return options
+PROMPTS_TESTED = 33
+"""Noise levels at which the prompts of a run are tried before its first step."""
 
 
 # --- context windows ----------------------------------------------------
@@ -117,9 +77,11 @@ class Window:
         """Of a mask (F, h, w)."""
         return mask if self.own is None else mask[self.frames]
 
-    def leading_cond(self, name: str, sigma: Tensor) -> dict:
-        """Of a named prompt: see `leading_cond`. ValueError for a ControlNet, whose hint the host does not cut."""
-        cond = leading_cond(self.conds[name], sigma, name)
+    def leading_cond(self, name: str, sigma: Tensor, x: Tensor) -> dict:
+        """Of a named prompt, for a latent of these frames: see `leading_cond`. ValueError for a ControlNet, whose hint
+        the host does not cut."""
+        size = x.shape[2:] if self.own is None or x.ndim == 4 else (self.own.total_frames, *x.shape[3:])
+        cond = leading_cond(self.conds[name], sigma, name, tuple(size))
         if self.own is not None and "control" in cond:
             raise ValueError(f"{name}: in context windows no gradient can follow a ControlNet; remove one of them")
         return cond
@@ -219,6 +181,21 @@ def as_source(model):
     return marked
 
 
+def begin_hooks(base_model, conds: Iterable[dict], sigma: Tensor) -> None:
+    """Sets the strengths of hooks with a schedule (LoRAs of a prompt) to those of `sigma`, a scalar.
+
+    The host goes through such a schedule forward only, as sigmas fall; here they rise, or are drawn.
+    """
+    groups = {id(h.hook_keyframe): h.hook_keyframe for c in conds for h in getattr(c.get("hooks"), "hooks", ())}
+    scheduled = [group for group in groups.values() if group.has_index(1)]
+    before = [group.strength for group in scheduled]
+    for group in scheduled:
+        group.reset()
+        group.prepare_current_keyframe(sigma, {"sample_sigmas": sigma.reshape(1)})
+    if before != [group.strength for group in scheduled]:
+        base_model.current_patcher.clear_cached_hook_weights()
+
+
 # --- the pass -----------------------------------------------------------
 
 
@@ -232,12 +209,14 @@ def call_model(
     tap: AttentionTap | None = None,
     needs: frozenset[Kind] = frozenset(),
     source: bool = False,
+    place: int = 0,
 ) -> Tensor | None:
     """The prediction of x0 for one list of processed conditionings, or None where a listener of `tap` ended it early.
 
     model_options: of a run on the frames of x, such as `Window.options`; step caches are left out. tap: hears the
     attention; then the network must run once, on all frames, and some attention of the kinds in `needs` must reach it.
-    source: the pass sees the source clip, so region patches are inactive. ValueError where one of this does not hold.
+    source: the pass sees the source clip, so region patches are inactive. place: of the list among the host's, by which
+    other packs know it: 0 positive, 1 negative. ValueError where one of this does not hold.
     """
     if "multigpu_clones" in model_options:
         raise ValueError(ONE_GPU)
@@ -246,7 +225,8 @@ def call_model(
     once = None if tap is None else _Once(x, options)
     if once is not None:
         options = once.install(tap.install(options))
-    made = until_enough_seen(lambda: comfy.samplers.calc_cond_batch(base_model, [conds], x, sigmas, options)[0])
+    lists = [*[None] * place, conds]
+    made = until_enough_seen(lambda: comfy.samplers.calc_cond_batch(base_model, lists, x, sigmas, options)[place])
     if once is not None:
         once.check(tap, needs)
     return made
@@ -254,7 +234,7 @@ def call_model(
 
 def for_pass(model_options: dict, source: bool) -> dict:
     """A copy of the options of a run for a pass on the source clip or on the edit, without step caches."""
-    options = _uncached(model_options)
+    options = uncached(model_options)
     inner = options["transformer_options"]
     inner.pop(SOURCE_RUN, None)
     if source:
@@ -276,13 +256,12 @@ class _Once:
 
     def _count(self, executor, x, *args, **kwargs):
         self._calls += 1
-        frames = 0 if x.ndim == 4 else 2
-        if self._calls > 1 or x.shape[frames] != self._shape[frames]:
+        if self._calls > 1 or x.shape != self._shape:
             others = f" ({', '.join(self._others)})" if self._others else ""
             raise ValueError(
-                f"model: another pack{others} calls it several times for one prediction, or on some of the frames "
-                f"only, as AnimateDiff-Evolved's context options do; use ComfyUI's Context Windows (Manual) instead, "
-                f"or Sample from Trajectory"
+                f"model: another pack{others} calls it several times for one prediction, or on a part of the clip, as "
+                f"Tiled Diffusion does, or AnimateDiff-Evolved's context options (use ComfyUI's Context Windows "
+                f"(Manual) instead of these); remove that node, or use Sample from Trajectory"
             )
         return executor(x, *args, **kwargs)
 
@@ -299,17 +278,43 @@ class _Once:
             )
 
 
-def leading_cond(conds: list[dict], sigma: Tensor, name: str) -> dict:
-    """The first conditioning that is active at `sigma` over the whole frame; its attention maps stand for the clip."""
+def leading_cond(conds: list[dict], sigma: Tensor, name: str, size: tuple[int, ...]) -> dict:
+    """The first conditioning that is active at `sigma` over the whole frame; its attention maps stand for the clip.
+
+    size: of the clip's latent, (F, h, w) or (h, w).
+    """
     for cond in conds:
         starts, ends = cond.get("timestep_start"), cond.get("timestep_end")
         active = (starts is None or sigma <= starts) and (ends is None or sigma >= ends)
-        if active and "area" not in cond:
+        if active and covers_all(cond, size):
             return cond
     raise ValueError(
-        f"{name}: no conditioning covers the whole frame at sigma {float(sigma):.4g}; connect one without an area "
-        f"whose timestep range covers the whole edit"
+        f"{name}: no conditioning covers the whole frame at sigma {float(sigma):.4g}; connect one without an area or "
+        f"mask whose timestep range covers the whole edit"
     )
+
+
+def covers_all(cond: dict, size: tuple[int, ...]) -> bool:
+    """Whether a processed conditioning holds for all of a latent of this size, with no area or mask that leaves some
+    of it out."""
+    area, mask = cond.get("area"), cond.get("mask")
+    if area is not None:
+        extent, first = area[: len(area) // 2], area[len(area) // 2 :]
+        if any(first) or any(own < whole for own, whole in zip(extent, size[-len(extent) :], strict=True)):
+            return False
+    return mask is None or bool((mask >= 1).all())
+
+
+def check_prompts(guider, t_range: tuple[float, float], size: tuple[int, ...]) -> None:
+    """ValueError unless each prompt of a guider has a conditioning for the whole frame at every noise level of a range.
+
+    t_range: normalised times, 1 = noise; size: see `leading_cond`.
+    """
+    sampling = guider.inner_model.model_sampling
+    for t in torch.linspace(*t_range, PROMPTS_TESTED).tolist():
+        sigma = torch.as_tensor(sampling.percent_to_sigma(1 - t))
+        for name, conds in guider.conds.items():
+            leading_cond(conds, sigma, name, size)
 
 
 # --- a look at the inverted clip ----------------------------------------
@@ -335,24 +340,25 @@ def show_to(
 ) -> None:
     """Calls the model once on the inverted latent nearest to `percent`; `listener` gets every attention call.
 
-    model, positive: another ModelPatcher than the inverted one, with its patches, and the prompt of an edit; None: the
-    source is seen as it was inverted. needs: see `call_model`.
+    model: another ModelPatcher than the inverted one, with its region patches, which are inactive without; positive:
+    the prompt of an edit; None: that of the source. needs: see `call_model`.
     """
     step = nearest_step(trajectory, percent)
     check_handler(model or trajectory.model, frame_count(trajectory.clean))
     asked, _ = without_caches(model or trajectory.model)
-    guider = comfy.samplers.CFGGuider(as_source(asked) if positive is None else asked)
+    guider = comfy.samplers.CFGGuider(as_source(asked) if model is None else asked)
     guider.inner_set_conds({"positive": positive or trajectory.conditioning})
     empty = torch.zeros(trajectory.shape)
-    sampler = _OneCall(trajectory.latents[step], AttentionTap(asked, [listener]), needs, source=positive is None)
+    whose = "positive of Invert Video" if positive is None else "positive"
+    sampler = _OneCall(trajectory.latents[step], AttentionTap(asked, [listener]), needs, whose, source=model is None)
     guider.sample(empty, empty, sampler, trajectory.sigmas[step:], disable_pbar=True, seed=0)
 
 
 class _OneCall(comfy.samplers.Sampler):
     """Calls the model once on a latent; samples nothing."""
 
-    def __init__(self, latent: Tensor, tap: AttentionTap, needs: frozenset[Kind], source: bool):
-        self._latent, self._tap, self._needs, self._source = latent, tap, needs, source
+    def __init__(self, latent: Tensor, tap: AttentionTap, needs: frozenset[Kind], whose: str, source: bool):
+        self._latent, self._tap, self._needs, self._whose, self._source = latent, tap, needs, whose, source
 
     def sample(
         self,
@@ -365,9 +371,8 @@ class _OneCall(comfy.samplers.Sampler):
         denoise_mask=None,
         disable_pbar=False,
     ):
-        whose = "positive of Invert Video" if self._source else "positive"
-        cond, options = leading_cond(model_wrap.conds["positive"], sigmas[0], whose), extra_args["model_options"]
-        x = self._latent.to(noise)
+        x, options = self._latent.to(noise), extra_args["model_options"]
+        cond = leading_cond(model_wrap.conds["positive"], sigmas[0], self._whose, tuple(x.shape[2:]))
         call_model(
             model_wrap.inner_model, [cond], x, sigmas[0], options, tap=self._tap, needs=self._needs, source=self._source
         )

@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 
 from ..core.region_attention import modulated_attention, modulation_strength
 from .attention_call import AttentionCall, ModelRun
-from .attention_tap import AttentionTap
+from .attention_tap import AttentionTap, running_taps
 from .families import Kind, Layer, attention_layers, family_of
 from .node_text import LOG, NodeText
 from .region_prompt import LAYOUT
@@ -25,6 +25,7 @@ from .regional_prompts import (
     Table,
     prompts_of,
     remember_prompts,
+    replaced_blocks,
     rows_of,
     tell_conditionings,
 )
@@ -115,7 +116,10 @@ class RegionModulation:
         """Says in which of the model's layers another pack keeps regions from acting."""
         wanted = [layer for layer in layers.values() if self._factor(layer.kind)]
         hidden = [layer for layer in hidden if self._factor(layer.kind)]
-        if hidden and (prompts := prompts_of(run)) is not None:
+        prompts = prompts_of(run)
+        if prompts is None or replaced_blocks(run.options) != prompts.replaced:
+            return  # a further pass of a guidance that disturbs some layers on purpose, as PAG and SAG do
+        if hidden:
             kinds = " and ".join(sorted({layer.kind for layer in hidden}))
             prompts.say_once(
                 f"Regions {'do nothing' if len(hidden) == len(wanted) else 'act in part'}: another node replaces the "
@@ -124,12 +128,10 @@ class RegionModulation:
             )
 
     def __call__(self, call: AttentionCall) -> Tensor | None:
-        factor = self._factor(call.kind)
-        if factor == 0 or not self._at_level(call):
-            return None
-        arguments = self._arguments(call)
+        arguments = self._arguments(call) if self._acts_on(call) else None
         if arguments is None:
             return None
+        self._check_alone(call)
         if call.query.shape[2] < arguments.of_query.shape[1]:
             arguments = arguments.of_queries(slice(call.first, call.first + call.query.shape[2]))
         return modulated_attention(
@@ -138,7 +140,7 @@ class RegionModulation:
             call.value,
             arguments.of_query,
             arguments.of_key,
-            (factor * arguments.strength).clamp(max=0.999),
+            (self._factor(call.kind) * arguments.strength).clamp(max=0.999),
             overlap=prompts_of(call.run).layouts[0].rules.overlap,
             mask=call.mask,
             scale=call.scale,
@@ -146,6 +148,18 @@ class RegionModulation:
             alone=arguments.alone,
             attention=call.attend,
         )
+
+    def _check_alone(self, call: AttentionCall) -> None:
+        """ValueError where another patch modulates the same call: which of the two would hold is not defined."""
+        others = (listener for tap, _ in running_taps() for listener in tap.listeners if listener is not self)
+        if any(isinstance(other, RegionModulation) and other._acts_on(call) for other in others):
+            raise ValueError(
+                f"model: two ST-Layout Attention Patches act on {call.layer.path} at once; remove one, or give them "
+                f"different start and end, levels, or kinds of attention (a strength of 0)"
+            )
+
+    def _acts_on(self, call: AttentionCall) -> bool:
+        return self._factor(call.kind) != 0 and self._at_level(call)
 
     def _at_level(self, call: AttentionCall) -> bool:
         if self.levels is not None:

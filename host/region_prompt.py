@@ -139,6 +139,10 @@ def encode_regional_prompt(
     knows nothing of the others. Raises ValueError naming phrase and prompt where a phrase is not in the prompt, or
     more than once and no occurrence is chosen.
     """
+    if clip is None:
+        raise ValueError(
+            "clip: there is none (None): a checkpoint without a text encoder was loaded; connect Load CLIP"
+        )
     tokens_of = _tokenizer(clip)
     around = tokens_of("")[0]
 
@@ -233,16 +237,16 @@ def _spliced(
     clip, tokens_of: Callable, conditioning: list, phrases: Sequence[str], positions: Sequence[Sequence[int]]
 ) -> list:
     """The conditioning with the embeddings of phrases encoded by themselves."""
-    alone = {}
+    alone: list[dict[int, Tensor]] = [{} for _ in conditioning]  # of each time, where the text encoder has hooks
     for phrase, places in zip(phrases, positions, strict=True):
         if not places:
             continue
         own = [i for i, word in enumerate(tokens_of(phrase)[0]) if word is not None]
-        embedding = clip.encode_from_tokens_scheduled(clip.tokenize(phrase))[0][0]
-        for start in range(0, len(places), len(own)):  # every occurrence
-            for place, place_alone in zip(places[start:], own, strict=False):
-                alone[place] = embedding[:, place_alone]
-    return [[_with_rows(embedding, alone), settings] for embedding, settings in conditioning]
+        encoded = clip.encode_from_tokens_scheduled(clip.tokenize(phrase))
+        for rows, (embedding, _) in zip(alone, encoded, strict=True):
+            for start in range(0, len(places), len(own)):  # every occurrence
+                rows |= {p: embedding[:, at] for p, at in zip(places[start:], own, strict=False)}
+    return [[_with_rows(entry[0], rows), entry[1]] for entry, rows in zip(conditioning, alone, strict=True)]
 
 
 def _with_rows(embedding: Tensor, rows: dict[int, Tensor]) -> Tensor:

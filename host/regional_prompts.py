@@ -72,12 +72,14 @@ class RegionalPrompts:
     """The regional prompts of one run of the sampler; it holds their tables for as long as the run lasts.
 
     conds: the guider's conditionings by name, as the host has processed them. say: shows a message on the node of the
-    patch.
+    patch. size: of the clip's latent, (F, h, w) or (h, w). replaced: blocks, by kind of patch, whose attention nodes
+    before the sampler have replaced.
     """
 
     conds: Mapping[str, Sequence[dict]]
     say: Callable[[str], None] = LOG
-    size: tuple[int, int] | None = None
+    size: tuple[int, ...] | None = None
+    replaced: Mapping[str, frozenset] = field(default_factory=dict)
     _placed: dict = field(default_factory=dict, repr=False)
     _tables: dict = field(default_factory=dict, repr=False)
 
@@ -91,7 +93,7 @@ class RegionalPrompts:
             if (placed := self.of(cond, name)) is not None
         ]
         self.layouts = list({id(layout.regions): layout for layout in found}.values())
-        if len({layout.mode for layout in self.layouts}) > 1:
+        if len({layout.mode for layout in found}) > 1:
             raise ValueError(
                 "mode: regional prompts of one run are encoded in modes 'paper' and 'released'; choose one in every "
                 "Encode Regional Prompt"
@@ -129,6 +131,11 @@ class RegionalPrompts:
         layout, raw = cond.get(LAYOUT), cond.get("cross_attn")
         if layout is None or not layout.regions or raw is None:
             return None
+        if cond.get("ref_latent") is not None:
+            raise ValueError(
+                f"{name}: HunyuanVideo's image-to-video node in guidance_type custom puts a picture among the words of "
+                f"the regional prompt; choose guidance_type v1 or v2"
+            )
         read = getattr(cond.get("model_conds", {}).get("c_crossattn"), "cond", raw)
         read = read if isinstance(read, Tensor) else raw
         key = id(layout), read.data_ptr(), tuple(read.shape), raw.data_ptr()
@@ -138,8 +145,32 @@ class RegionalPrompts:
 
     def of_chunk(self, run: ModelRun, chunk: int) -> tuple[Placed | None, Area]:
         """Of a prompt in the batch of a call: its layout, and the area that its latent is a part of."""
-        cond = run.options.get(CALL, {}).get((run.prompts[chunk], run.uuids[chunk]))
-        return (None, None) if cond is None else (self.of(cond), _area(cond.get("area"), self.size))
+        called, uuid = run.options.get(CALL, {}), run.uuids[chunk]
+        cond = called.get((run.prompts[chunk], uuid))
+        if cond is None:  # of a pack that asks for one list at a time, each as the first
+            named = {id(own): own for (_, other), own in called.items() if other == uuid}
+            if len(named) > 1:
+                raise ValueError(
+                    "model: a node of another pack calls it with prompts in an order that is not known, so their "
+                    "regions are not either; remove that node, or the ST-Layout Attention Patch"
+                )
+            cond = next(iter(named.values()), None)
+        placed = None if cond is None else self.of(cond)
+        if placed is None and self.shared is None:
+            return None, None
+        area = None if cond is None else _area(cond.get("area"), self.size)
+        self._check_size(run, area)
+        return placed, area
+
+    def _check_size(self, run: ModelRun, area: Area) -> None:
+        """ValueError for a run on a part of the frame that is not the conditioning's."""
+        expected = run.size if self.size is None else self.size[-2:] if area is None else area[:2]
+        if run.size != tuple(expected):
+            raise ValueError(
+                f"model: another pack runs it on {run.size[1]} x {run.size[0]} of the latent's {expected[1]} x "
+                f"{expected[0]} cells, so the place of the regions is not known; remove the node that cuts frames into "
+                f"tiles or resizes them (Tiled Diffusion), or the ST-Layout Attention Patch"
+            )
 
     def table(self, layout: Layout, area: Area, call: AttentionCall) -> Table:
         """Of a layout on the call's grid, made once."""
@@ -152,7 +183,7 @@ class RegionalPrompts:
         masks, rules = same_frames(layout.regions), layout.rules
         masks = partition(masks) if rules.partitioned else masks
         if area is not None:
-            masks = _cropped(masks, area, self.size)
+            masks = _cropped(masks, area, self.size[-2:])
         tokens = membership(masks, grid, rules.pooling)
         of_clip = size_term(tokens, "clip", covered_twice=rules.covered_twice)
         return Table(tokens, of_clip, size_term(tokens, "frame"))
@@ -173,13 +204,20 @@ def _placed(layout: Layout, raw: Tensor, read: Tensor, name: str) -> Placed | No
     )
 
 
-def placed_on(conditioning: list, name: str = "positive") -> tuple[list, Placed]:
-    """The first entry of a CONDITIONING that carries a layout, and that. ValueError where none does, or two do."""
-    entries = [entry for entry in conditioning if entry[1].get(LAYOUT)]
+def placed_on(conditioning: list, percent: float, name: str = "positive") -> tuple[list, Placed]:
+    """The first entry of a CONDITIONING that carries a layout at this progress of denoising in [0, 1], and that.
+
+    ValueError where none does, or two do.
+    """
+    entries = [
+        entry
+        for entry in conditioning
+        if entry[1].get(LAYOUT) and entry[1].get("start_percent", 0) <= percent <= entry[1].get("end_percent", 1)
+    ]
     if len({id(about[LAYOUT].regions) for _, about in entries}) != 1:
+        found = "several regional prompts" if entries else "no regional prompt"
         raise ValueError(
-            f"{name}: it carries {'several' if entries else 'no'} regional prompt{'s' if entries else ''}; connect the "
-            f"conditioning of one Encode Regional Prompt"
+            f"{name}: it carries {found} at percent {percent:g}; connect the conditioning of one Encode Regional Prompt"
         )
     embedding, layout = entries[0][0], entries[0][1][LAYOUT]
     if (placed := _placed(layout, embedding, embedding, name)) is None:
@@ -189,11 +227,20 @@ def placed_on(conditioning: list, name: str = "positive") -> tuple[list, Placed]
     return entries[0], placed
 
 
-def _area(area: Sequence[int] | None, size: tuple[int, int] | None) -> Area:
-    """Of the host's area, (height, width, top, left) or the same with time in front of each half, the part in space."""
+def _area(area: Sequence[int] | None, size: tuple[int, ...] | None) -> Area:
+    """Of the host's area, (height, width, top, left) or the same with time in front of each half, the part in space.
+
+    ValueError for one that is a part of the clip in time.
+    """
     if area is None or size is None:
         return None
     half = len(area) // 2
+    if half == 3 and (area[3] or area[0] < size[0]):
+        raise ValueError(
+            "positive: an area of a regional prompt is of some of the frames; set temporal of Conditioning (Set Area "
+            "with Percentage for Video) to 1, and let the regions' masks say when each is there"
+        )
+    size = size[-2:]
     tall, wide, top, left = *area[half - 2 : half], *area[2 * half - 2 :]
     return min(size[0] - top, tall), min(size[1] - left, wide), top, left
 
@@ -224,7 +271,8 @@ def remember_prompts(say: Callable[[str], None], check: Callable[["RegionalPromp
         inner = extra_args["model_options"].setdefault("transformer_options", {})
         if inner.get(SOURCE_RUN):
             return executor(guider, sigmas, extra_args, callback, noise, *args, **kwargs)
-        prompts = inner[PROMPTS] = RegionalPrompts(getattr(guider, "conds", {}), say, tuple(noise.shape[-2:]))
+        size, replaced = tuple(noise.shape[2:]), replaced_blocks(inner)
+        prompts = inner[PROMPTS] = RegionalPrompts(getattr(guider, "conds", {}), say, size, replaced)
         check(prompts)
         return executor(guider, sigmas, extra_args, callback, noise, *args, **kwargs)
 
@@ -244,10 +292,15 @@ def tell_conditionings(say: Callable[[str], None]):
             inner[RETAINED] = tuple(retained)
         if PROMPTS not in inner:  # a sampler of another pack that does not go the host's way
             own = {str(i): list(each or ()) for i, each in enumerate(conds)}
-            inner[PROMPTS] = RegionalPrompts(own, say, tuple(x.shape[-2:]))
+            inner[PROMPTS] = RegionalPrompts(own, say, tuple(x.shape[2:]), replaced_blocks(inner))
         return executor(base_model, conds, x, timestep, {**model_options, "transformer_options": inner})
 
     return wrapper
+
+
+def replaced_blocks(options: Mapping) -> dict[str, frozenset]:
+    """Of transformer_options: the blocks whose attention is replaced, by kind of patch."""
+    return {name: frozenset(blocks) for name, blocks in options.get("patches_replace", {}).items() if blocks}
 
 
 def prompts_of(run: ModelRun) -> RegionalPrompts | None:

@@ -224,8 +224,13 @@ class _MatchingRun:
         conds = {TARGET: step.run.guider.conds["positive"], SOURCE: step.run.source_conds}
 
         def of_window(window: Window) -> tuple[float, Tensor]:
+            if window.frames is not None and len(window.frames) < 2:
+                raise ValueError(
+                    "model: a context window shows one frame, which has no neighbours to match; choose another "
+                    "context_length or context_overlap in Context Windows"
+                )
             source, recorder = self._source(window, step), FeatureRecorder(self._score.blocks, self._last_layer)
-            cond, options = window.leading_cond(TARGET, step.sigma), window.options(step.run.model_options)
+            cond, options = window.leading_cond(TARGET, step.sigma, x), window.options(step.run.model_options)
             patcher = step.run.guider.model_patcher
             asked = Asked(step.run.base_model, patcher, cond, step.sigma, options, step.index + 1)
             losses = lambda: {LOSS: self._loss(source, recorder.features)}  # noqa: E731
@@ -291,7 +296,7 @@ class _MatchingRun:
         # by the target's kernel, to the bit
         tap = AttentionTap(run.trajectory.model, listeners, differentiable=True, unheard=say_unheard)
         options, needs = window.options(run.source_options), frozenset(IN_SPACE)
-        cond = window.leading_cond(SOURCE, step.sigma)
+        cond = window.leading_cond(SOURCE, step.sigma, x)
         call_model(run.base_model, [cond], x, step.sigma, options, tap=tap, needs=needs, source=True)
 
     @staticmethod

@@ -211,7 +211,8 @@ class TrajectorySampler(comfy.samplers.Sampler):
         tell_layouts_without_patch(model_wrap.model_patcher, model_wrap.conds)
         grid = self._grid(denoise_mask)
         if denoise_mask is not None:
-            self.say.show(share_of(grid))
+            unheard = extra_args["model_options"].get("denoise_mask_function")
+            self.say.show(share_of(grid) + (" Differential Diffusion does nothing here." if unheard else ""))
             _without_noise_mask(model_wrap, noise, latent_image, extra_args.get("seed"))
         after_step = self._after_step(grid)
         for function in self.before_step:

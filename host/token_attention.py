@@ -49,7 +49,7 @@ def token_attention(
     if not blocks:
         raise ValueError("trajectory: its model has no cross-attention, so no word has a place of its own in it")
     chosen = select_blocks(layers, blocks) if layers.strip() else None
-    entry, placed = placed_on(positive)
+    entry, placed = placed_on(positive, percent)
     places = tuple(placed.offset + place for place in positions_in(placed.layout, words))
     recorder = WordRecorder(places, placed.length, size, chosen, kinds)
     show_to(recorder, trajectory, percent, frozenset(kinds), model=model, positive=[entry])
@@ -94,7 +94,7 @@ class WordRecorder:
         share = torch.zeros_like(call.value)  # attention to what says 1 at the words and 0 elsewhere is their weight
         share[:, :, [first + place + turn for turn in range(0, keys, self.length) for place in self.places], 0] = 1
         masked = {} if call.mask is None else {"attn_mask": call.mask}
-        weight = call.attend(call.query, call.key, share, scale=call.scale, **masked)[..., 0].mean(1)
+        weight = call.attend(call.query, call.key, share, scale=call.scale, asking="a look", **masked)[..., 0].mean(1)
         frames, height, width = call.grid
         tokens = height * width if call.run.patch is None else frames * height * width
         if call.run.patch is not None and weight.shape[1] > tokens:

@@ -47,7 +47,7 @@ class EncodeRegionalPrompt(io.ComfyNode):
                     default=False,
                     advanced=True,
                     tooltip="Encode each phrase by itself and put it in its place, so that it knows nothing of the "
-                    "other phrases. 'released' always does.",
+                    "other phrases. 'released' always does. Weights such as (a cat:1.2) are lost in it.",
                 ),
             ],
             outputs=[

@@ -94,7 +94,7 @@ class PreviewTokenAttention(io.ComfyNode):
             for m in models.values()
         ]
         shown = heat_map(torch.cat(maps, 2), torch.cat([images[..., :3]] * len(maps), 2), opacity)
-        layout = placed_on(positive)[1].layout
+        layout = placed_on(positive, percent)[1].layout
         shares = [share_inside(attention, layout, words) for attention in maps]
         if shares[0] is not None:
             parts = (f"{name}: {100 * share:.0f} %" for name, share in zip(models, shares, strict=True))

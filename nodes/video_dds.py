@@ -181,7 +181,8 @@ class VideoDDSOptimize(io.ComfyNode):
     ) -> io.NodeOutput:
         from latent_preview import prepare_callback
 
-        from ..host.distillation import MOTION, RELEVANCE, SPATIAL, TEMPORAL, Distillation, key_blocks, optimise
+        from ..host.distillation import MOTION, RELEVANCE, SPATIAL, TEMPORAL, Distillation, optimise
+        from ..host.features import key_blocks
 
         carried = latent.get("noise_mask")
         if mask is not None and carried is not None:

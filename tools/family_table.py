@@ -47,8 +47,8 @@ def table() -> str:
 
 
 def _row(tiny) -> str:
-    from spacetime_edit.host.distillation import key_blocks
     from spacetime_edit.host.families import attention_layers, family_of
+    from spacetime_edit.host.features import key_blocks
     from spacetime_edit.host.relevance_matching import lacks_for_relevance
 
     model = tiny.model()

@@ -77,7 +77,7 @@ def two_models(graph: Graph, name: str, *, high: use.Transformer, low: use.Trans
     sampler = str_sampler(graph, above, strength=0.01)
     drawn = sample(graph, Source({"MODEL": at_high}, latent["LATENT"], above), conds, sampler["sampler"], high.cfg)
     graph.column()
-    sampler = str_sampler(graph, below, strength=0.01, goes_on=True)
+    sampler = str_sampler(graph, below, strength=0.01, continue_from_latent=True)
     drawn = sample(graph, Source({"MODEL": at_low}, drawn["output"], below), conds, sampler["sampler"], high.cfg)
     edited = result(graph, model, drawn)
     compare(graph, clip, edited, parts, name)

@@ -301,7 +301,7 @@ Two models share the denoising: one works at high noise, one at low noise. The t
 
 1. The inversion goes up: **Low noise** inverts the clip to where the other takes over (**to_percent** \
 {WAN_PERCENT:g}), **High noise** goes on from there to pure noise.
-2. The edit goes down: first with the model of high noise, then, with **goes_on**, with the other.
+2. The edit goes down: first with the model of high noise, then, with **continue_from_latent**, with the other.
 
 {fitted(WAN_HIGH)} The models are 14 GB each, one of them at a time in memory.""",
     "long_clip": f"""## STR-Match on a long clip

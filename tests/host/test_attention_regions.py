@@ -145,7 +145,7 @@ def test_prompts_whose_words_have_no_known_place_are_refused(tiny, trajectory, e
         ValueError, match=r"positive: the regional prompt has (\d+) text tokens, but attention sees \d+;"
     ):
         ask(edit, model=shorter)
-    with pytest.raises(ValueError, match="positive: it carries no regional prompt; connect"):
+    with pytest.raises(ValueError, match="positive: it carries no regional prompt at percent .*; connect"):
         ask(support.encode(tiny, PROMPT))
     with pytest.raises(ValueError, match="positive: the regional prompt .* was changed after Encode Regional Prompt"):
         ask([[1.01 * edit[0][0], edit[0][1]]])

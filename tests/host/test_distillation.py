@@ -12,10 +12,10 @@ from spacetime_edit.host.distillation import (
     SPATIAL,
     TEMPORAL,
     Distillation,
-    key_blocks,
     optimise,
 )
 from spacetime_edit.host.families import noise_space
+from spacetime_edit.host.features import key_blocks
 from spacetime_edit.tests.host import plain_distillation, support
 
 FRAMES, SIDE = 3, 8
@@ -225,7 +225,6 @@ PARTS = {
     "two for all": lambda a, b: [*a, *b],
     "one for an area": lambda a, b: [*part_of(b, area=(4, 4, 0, 2)), *a],
     "one for a mask": lambda a, b: [*a, *part_of(b, mask=torch.eye(SIDE)[None])],
-    "one mask": lambda a, b: part_of(a, mask=torch.eye(SIDE)[None]),
     "two for some time each": lambda a, b: [
         *part_of(a, start_percent=0.0, end_percent=0.5),
         *part_of(b, start_percent=0.5, end_percent=1.0),

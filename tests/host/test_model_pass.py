@@ -95,7 +95,7 @@ def test_a_regional_prompt_lets_the_text_encoder_go():
     del clip
     gc.collect()
     assert encoder() is None
-    assert positions_in(placed_on(conditioning)[1].layout, "gray background")
+    assert positions_in(placed_on(conditioning, 0.5)[1].layout, "gray background")
 
 
 # --- masks --------------------------------------------------------------

@@ -29,9 +29,10 @@ from comfy_extras.nodes_custom_sampler import Guider_DualCFG, Guider_DualModel
 from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
 from comfy_extras.nodes_perpneg import Guider_PerpNeg, perp_neg
 from spacetime_edit.core.regions import Region
-from spacetime_edit.host import model_pass, regional_prompts
-from spacetime_edit.host.distillation import SPATIAL, Distillation, key_blocks, optimise
+from spacetime_edit.host import model_pass, regional_prompts, step_caches
+from spacetime_edit.host.distillation import SPATIAL, Distillation, optimise
 from spacetime_edit.host.families import attention_layers
+from spacetime_edit.host.features import key_blocks
 from spacetime_edit.host.inversion import invert
 from spacetime_edit.host.region_patch import RegionModulation, patch_regions
 from spacetime_edit.host.region_prompt import LAYOUT, Layout, digests_of, with_layout
@@ -1161,7 +1162,7 @@ def test_windows_of_another_pack(graph):
     torch.testing.assert_close(found, blended(graph, parts, x), rtol=2e-3, atol=2e-4)
     model = foreign_windows(graph.inverted, family)
     trajectory = invert(model, graph.source, long_clip(family), sigmas_of(graph, 2), refinements=0)
-    refused = r"model: another pack \(ADE\) calls it several times for one prediction, or on some of the frames"
+    refused = r"model: another pack \(ADE\) calls it several times for one prediction, or on a part of the clip"
     with pytest.raises(ValueError, match=refused):
         moved_at_first(graph, model, trajectory, x)
     settings = Distillation(steps=1, weights={SPATIAL: 0.5}, blocks=key_blocks(model))
@@ -1250,7 +1251,7 @@ def off_by_number(monkeypatch):
 
 def off_caches(monkeypatch):
     """Step caches stay in our own passes."""
-    monkeypatch.setattr(model_pass, "_is_cache", lambda name: False)
+    monkeypatch.setattr(step_caches, "_is_cache", lambda name: False)
 
 
 def off_marks(monkeypatch):
