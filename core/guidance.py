@@ -1,4 +1,4 @@
-"""How a latent moves along a gradient: the step rules, in units of the latent's standard deviation (decision D3)."""
+"""How a latent moves along a gradient: the step rules, in units of the latent's standard deviation."""
 
 from collections.abc import Callable
 from typing import Literal

@@ -77,6 +77,19 @@ def warp_error(
     say which. occlusion (F - 1, H, W): 1 where a pixel of frame i has no match in frame i + 1, which is left out, as is
     what moves out of the picture. ValueError for one frame, and where nothing is left.
     """
+    total, count = warp_sums(frames, flow, kind, occlusion)
+    if count == 0:
+        raise ValueError("flow: it leads every pixel out of the picture or behind another; there is nothing to compare")
+    return total / count
+
+
+def warp_sums(
+    frames: Tensor, flow: Tensor, kind: Literal["l2", "l1"] = "l2", occlusion: Tensor | None = None
+) -> tuple[float, float]:
+    """What `warp_error` is the quotient of: the sum of the differences, and how many values were compared.
+
+    For a clip that is gone through pair by pair; a hard cut, behind which nothing is found again, counts for nothing.
+    """
     _at_least_two(len(frames))
     _same_size("flow", flow.shape[-2:], "frames", frames.shape[1:3])
     total = count = 0.0
@@ -86,9 +99,7 @@ def warp_error(
         difference = (frames[i].to(warped) - warped) * seen[..., None]
         total += float((difference.square() if kind == "l2" else difference.abs()).sum(dtype=torch.float64))
         count += float(seen.sum(dtype=torch.float64)) * frames.shape[-1]
-    if count == 0:
-        raise ValueError("flow: it leads every pixel out of the picture or behind another; there is nothing to compare")
-    return total / count
+    return total, count
 
 
 def motion_error(source: Tensor, edit: Tensor) -> float:

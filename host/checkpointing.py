@@ -2,7 +2,7 @@
 
 A block keeps its inputs only and runs again in the backward pass. What a recorder took from it (query, key, temporal
 map) leaves the block as further outputs, so that losses are formed outside, over all layers, and the gradient enters
-the block through them (decision D9).
+the block through them.
 """
 
 import contextlib

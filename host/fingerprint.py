@@ -1,4 +1,4 @@
-"""What made a trajectory, as far as a file can tell, and how that differs from what is connected (decision D12)."""
+"""What made a trajectory, as far as a file can tell, and how that differs from what is connected."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ from .families import NEVER, family_of, noise_space
 from .inflation import inflation_of
 
 WEIGHT_SAMPLES = 16
-NOT_INFLATED = "none"
+NOT_INFLATED = NOT_PATCHED = "none"
 MAX_JSON = 64 * 2**10
 CLIP_TOLERANCE = 1e-3
 """Largest difference of two latents of one clip, in the model's scale (unit variance): a VAE on another device."""
@@ -27,14 +27,16 @@ MADE_BY = {
     "space": "noise space",
     "inflation": "inflation",
 }
+HASHED = {"loras": "LoRAs of model and prompt (SHA-256)", "prompt": "prompt (SHA-256)"}
 
 
 @dataclass(frozen=True)
 class Fingerprint:
     """What made a trajectory.
 
-    sigma_range: smallest and largest sigma of the model's sampling. weights: `weight_samples` of the diffusion model.
-    prompt, clip: SHA-256 of the conditioning and of the clean latent z_0, whose shape is `shape`.
+    sigma_range: smallest and largest sigma of the model's sampling. weights: `weight_samples` of the diffusion model;
+    loras: `patches_digest`. prompt, clip: SHA-256 of the conditioning and of the clean latent z_0, whose shape is
+    `shape`.
     """
 
     base_model: str
@@ -44,6 +46,7 @@ class Fingerprint:
     inflation: str
     sigma_range: tuple[float, float]
     weights: tuple[tuple[float, float], ...]
+    loras: str
     prompt: str
     shape: tuple[int, ...]
     clip: str
@@ -60,6 +63,7 @@ class Fingerprint:
             inflation=str(inflation_of(model) or NOT_INFLATED),
             sigma_range=(float(sampling.sigma_min), float(sampling.sigma_max)),
             weights=weight_samples(model),
+            loras=patches_digest(model, conditioning),
             prompt=sha256(tensor for tensor, _ in conditioning if tensor is not None),
             shape=tuple(clean.shape),
             clip=sha256([clean]),
@@ -74,7 +78,7 @@ class Fingerprint:
             data = json.loads(text)
             low, high = data["sigma_range"]
             fingerprint = cls(
-                **{name: str(data[name]) for name in (*MADE_BY, "prompt", "clip")},
+                **{name: str(data[name]) for name in (*MADE_BY, "loras", "prompt", "clip")},
                 sigma_range=(float(low), float(high)),
                 weights=tuple((float(value), float(unit)) for value, unit in data["weights"]),
                 shape=tuple(int(size) for size in data["shape"]),
@@ -105,7 +109,8 @@ def weight_samples(model) -> tuple[tuple[float, float], ...]:
     unit: one step of the type that the weight is stored in. Casting moves a weight by half a step of the coarser type,
     so copies of one model in fp32, fp16, bf16 and fp8 agree within one, and another fine-tune mostly does not. In fp8
     a step is an eighth of the value, at least 0.002: a light fine-tune kept in fp8 passes for the original. Vectors are
-    left out: they differ little between fine-tunes, and copies in fp8 have scales of their own among them.
+    left out: they differ little between fine-tunes, and copies in fp8 have scales of their own among them. Of packed
+    weights it is a byte, with unit 0: such a copy agrees with itself alone.
     """
     family, network = family_of(model), model.model.diffusion_model
     guests = re.compile(f"(?:{family.injected[1]}).*" if family.injected else NEVER)  # they come and go
@@ -123,9 +128,43 @@ def _original(model, key: str, weight: Tensor) -> Tensor:
 
 
 def _sample(weight: Tensor) -> tuple[float, float]:
+    if not isinstance(weight, QuantizedTensor) and not weight.dtype.is_floating_point:
+        packed = weight.detach().as_subclass(Tensor).flatten()  # bytes of a GGUF file, whose shape is not the weight's
+        return float(packed[len(packed) // 2]), 0.0
     stored = torch.finfo(torch.float8_e4m3fn if isinstance(weight, QuantizedTensor) else weight.dtype)
     value = float(weight[tuple(size // 2 for size in weight.shape)].float())
     return value, stored.eps * max(abs(value), stored.smallest_normal)
+
+
+def patches_digest(model, conditioning: list) -> str:
+    """SHA-256 of the LoRAs on a ModelPatcher's diffusion model and of the hooks on a prompt; "none" without either.
+
+    Of each patch its strengths and, of its tensors, shape and centre element: enough to tell two LoRAs apart.
+    """
+    found = [
+        (key, sorted(str([_facts(part) for part in patch]) for patch in patches))
+        for key, patches in model.patches.items()
+        if key.startswith("diffusion_model.")
+    ]
+    for _, about in conditioning:
+        for hook in getattr(about.get("hooks"), "hooks", ()):
+            frames = [(frame.start_percent, frame.strength) for frame in hook.hook_keyframe.keyframes]
+            weights = sorted(
+                (str(key), str(_facts(value))) for key, value in (getattr(hook, "weights", 0) or {}).items()
+            )
+            found.append((type(hook).__name__, [str(getattr(hook, "strength_model", "")), str(frames), str(weights)]))
+    return hashlib.sha256(str(sorted(found)).encode()).hexdigest() if found else NOT_PATCHED
+
+
+def _facts(value: object) -> object:
+    """Of a part of one of the host's patches, a nest of tensors, numbers and adapters."""
+    value = getattr(value, "weights", value)
+    if isinstance(value, Tensor):
+        plain = value.detach().flatten()
+        return tuple(value.shape), float(plain[len(plain) // 2]) if len(plain) else 0.0
+    if isinstance(value, list | tuple):
+        return [_facts(part) for part in value]
+    return value if isinstance(value, str | int | float | None) else type(value).__name__
 
 
 def sha256(tensors: Iterable[Tensor]) -> str:
@@ -147,7 +186,11 @@ def differences(saved: Fingerprint, clean: Tensor, model, positive: list, latent
         *_model_differences(saved, connected, model.model.latent_format),
         *_weight_differences(saved.weights, connected.weights),
         *_clip_differences(clean, latent, model.model),
-        *([] if saved.prompt == connected.prompt else [_prompt_difference(saved, connected)]),
+        *(
+            Difference(field, getattr(saved, name)[:12], getattr(connected, name)[:12], final=False)
+            for name, field in HASHED.items()
+            if getattr(saved, name) != getattr(connected, name)
+        ),
     ]
 
 
@@ -170,10 +213,6 @@ def _weight_differences(saved: Sequence[tuple], connected: Sequence[tuple]) -> I
     if apart:
         field = f"weights ({len(apart)} of {WEIGHT_SAMPLES} samples: another fine-tune or another model)"
         yield Difference(field, *(f"{value:.4g}" for value in apart[0]), final=False)
-
-
-def _prompt_difference(saved: Fingerprint, connected: Fingerprint) -> Difference:
-    return Difference("prompt (SHA-256)", saved.prompt[:12], connected.prompt[:12], final=False)
 
 
 def _clip_differences(clean: Tensor, latent: Tensor | None, base_model) -> Iterator[Difference]:

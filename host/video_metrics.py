@@ -132,9 +132,14 @@ def _projects(clip) -> bool:
 
 @dataclass
 class _Moved:
-    """What flow says of an edit: sums over pairs of frames, and points followed through both clips."""
+    """What flow says of an edit: over pairs of frames, and of points followed through both clips.
 
-    warp: float = 0.0
+    warp_sum, compared: see `metrics.warp_sums`; cuts: pairs of frames with nothing to compare.
+    """
+
+    warp_sum: float = 0.0
+    compared: float = 0.0
+    cuts: int = 0
     motion: float = 0.0
     fidelity: float = 0.0
 
@@ -153,7 +158,12 @@ def _by_flow(
         for k, (edit, moved) in enumerate(zip(edits, found, strict=True), 1):
             comfy.model_management.throw_exception_if_processing_interrupted()
             of_edit = estimate(edit[i], edit[i + 1])
-            moved.warp += metrics.warp_error(edit[i : i + 2], of_source[None], occlusion=hidden) / pairs
+            total, count = metrics.warp_sums(edit[i : i + 2], of_source[None], occlusion=hidden)
+            moved.warp_sum, moved.compared, moved.cuts = (
+                moved.warp_sum + total,
+                moved.compared + count,
+                moved.cuts + (count == 0),
+            )
             moved.motion += metrics.motion_error(of_source[None], of_edit[None]) / pairs
             tracks[k].append(follow(tracks[k][-1], of_edit))
         progress(i + 1, pairs)
@@ -164,9 +174,10 @@ def _by_flow(
 
 
 def _of_motion(alignment: float | None, found: _Moved, made_by: str) -> list[Row]:
-    warp = 100 * found.warp
-    rows = [Row("warp error x 100", warp, LESS, f"mean square, by the source's flow ({made_by})")]
-    if alignment is not None and warp > 0:
+    warp = 100 * found.warp_sum / found.compared if found.compared else None
+    cut = f", without {found.cuts} pairs of frames that share nothing" if found.cuts else ""
+    rows = [Row("warp error x 100", warp, LESS, f"mean square, by the source's flow ({made_by}){cut}")]
+    if alignment is not None and warp:
         rows.append(Row("Q-edit", metrics.q_edit(100 * alignment, warp), MORE, "text alignment / warp error"))
     else:
         rows.append(Row("Q-edit", None, MORE, "wants text alignment and a clip that changes"))

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import comfy.hooks
 import comfy.lora
 import comfy.model_management
 import comfy.model_sampling
@@ -172,7 +173,7 @@ def test_saving_and_loading_leave_the_model_alone(tiny, trajectory, source):
 # the model's fingerprint
 
 
-def with_lora(model):
+def with_lora(model, strength=1.0):
     """A clone with a LoRA on every weight that the fingerprint samples, loaded into memory by the host."""
     weights = {k: w for k, w in model.model_state_dict().items() if k.startswith("diffusion_model.") and w.ndim == 2}
     state = {}
@@ -181,11 +182,71 @@ def with_lora(model):
         state[f"{name}.lora_up.weight"] = torch.ones(weight.shape[0], 1)
         state[f"{name}.lora_down.weight"] = torch.ones(1, weight.shape[1])
     clone = model.clone()
-    clone.add_patches(comfy.lora.load_lora(state, comfy.lora.model_lora_keys_unet(model.model, {})), 1.0)
+    clone.add_patches(comfy.lora.load_lora(state, comfy.lora.model_lora_keys_unet(model.model, {})), strength)
     return clone
 
 
-def test_a_lora_does_not_change_the_fingerprint_loaded_or_not(tiny):
+def test_a_lora_of_the_inversion_is_missed_by_name(tiny, source, clip):
+    """On the model, or on the prompt by a hook; of another strength, or at another time."""
+    hooks = lambda strength, start=0.0: hooked(source, strength, start)  # noqa: E731
+    kinds = {
+        "none": (tiny.model, source),
+        "lora": (with_lora(tiny.model), source),
+        "weaker": (with_lora(tiny.model, 0.5), source),
+        "hook": (tiny.model, hooks(1.0)),
+        "weaker hook": (tiny.model, hooks(0.5)),
+        "later hook": (tiny.model, hooks(1.0, 0.5)),
+    }
+    prints = {name: fingerprint.Fingerprint.of(*kind, clip) for name, kind in kinds.items()}
+    assert prints["none"].loras == "none" and len({own.loras for own in prints.values()}) == len(kinds)
+    for name, (model, prompt) in kinds.items():
+        assert prints[name] == fingerprint.Fingerprint.of(model.clone(), prompt, clip)
+        for other, saved in prints.items():
+            found = [
+                d for d in fingerprint.differences(saved, clip, model, prompt, None) if d.field.startswith("LoRAs")
+            ]
+            assert len(found) == (name != other) and not any(d.final for d in found)
+
+
+def hooked(conditioning, strength, start):
+    """As Create Hook LoRA makes it, in force from `start`."""
+    hook, frames = comfy.hooks.WeightHook(strength_model=strength, strength_clip=0.0), comfy.hooks.HookKeyframeGroup()
+    hook.weights, hook.need_weight_init = {"diffusion_model.a.weight": ("diff", (torch.ones(2, 2),))}, False
+    frames.add(comfy.hooks.HookKeyframe(strength=1.0, start_percent=start))
+    hook.hook_keyframe, group = frames, comfy.hooks.HookGroup()
+    group.add(hook)
+    return comfy.hooks.set_hooks_for_conditioning(conditioning, group)
+
+
+class Packed(torch.Tensor):
+    """As the weights of ComfyUI-GGUF: bytes, whose shape is said to be that of the weight."""
+
+    @property
+    def shape(self):
+        return self.logical
+
+
+def test_packed_weights_agree_with_themselves_alone(clip):
+    def packed_copy(seed):
+        copy = support.sd15_model()
+        for module in copy.model.diffusion_model.modules():
+            if isinstance(module, torch.nn.Linear):
+                generator = torch.Generator().manual_seed(seed)
+                blocks = torch.randint(256, (len(module.weight), 7), dtype=torch.uint8, generator=generator)
+                logical, blocks = module.weight.shape, blocks.as_subclass(Packed)
+                blocks.logical = logical
+                module.weight = torch.nn.Parameter(blocks, requires_grad=False)
+                module.weight.logical = logical
+        return copy
+
+    conditioning = support.sd15_conditioning()
+    assert fields(packed_copy(0), packed_copy(0), conditioning, clip) == []
+    for other in (packed_copy(1), support.sd15_model()):
+        (found,) = fields(packed_copy(0), other, conditioning, clip)
+        assert found.startswith("weights (")
+
+
+def test_a_lora_does_not_change_the_weights_of_the_fingerprint_loaded_or_not(tiny):
     before = fingerprint.weight_samples(tiny.model)
     model = with_lora(tiny.model)
     assert fingerprint.weight_samples(model) == before

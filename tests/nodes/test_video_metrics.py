@@ -1,9 +1,11 @@
 """Video Edit Metrics on real objects: what it measures, what it asks for, what it refuses."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
+from spacetime_edit.core.metrics import warp_error
 from spacetime_edit.host.optical_flow import flow_of
 from spacetime_edit.host.video_metrics import compare, measure
 from spacetime_edit.nodes import compare_edits, optical_flow, track_points, video_metrics
@@ -127,6 +129,37 @@ def test_several_edits_are_measured_as_each_alone():
     assert together == alone
     with pytest.raises(ValueError, match="edit1: its shape"):
         compare(source, {"edit0": edit, "edit1": edit[:2]})
+
+
+def test_a_cut_and_a_hidden_pair_cost_themselves_alone():
+    """Pairs of frames of which nothing is seen twice are left out, and said."""
+    source, edit, _ = clips()
+    flow = flow_of(source)
+    rest = replace(flow, forward=flow.forward[1:], occlusion=flow.occlusion[1:])
+    expected = 100 * warp_error(edit[1:], rest.forward, occlusion=rest.occlusion)
+    for forward, hidden in ((1e4, 0.0), (0.0, 1.0)):  # out of the picture; behind another
+        gone = replace(
+            flow,
+            forward=torch.cat([flow.forward[:1] + forward, rest.forward]),
+            occlusion=torch.cat([torch.full_like(flow.occlusion[:1], hidden), rest.occlusion]),
+        )
+        rows = {row.name: row for row in measure(source, edit, flow=gone)}
+        assert rows["warp error x 100"].value == pytest.approx(expected, rel=1e-6)
+        assert "without 1 pairs of frames" in rows["warp error x 100"].note
+    nothing = replace(flow, occlusion=torch.ones_like(flow.occlusion))
+    rows = {row.name: row for row in measure(source, edit, flow=nothing)}
+    assert rows["warp error x 100"].value is None and rows["Q-edit"].value is None
+    assert rows["background PSNR, dB"].note == "connect a mask (1 = edited)"
+
+
+def test_the_warp_error_of_a_table_is_that_of_the_clip():
+    """Where pairs of frames differ in what they hide: each pixel counts the same."""
+    source, edit, _ = clips()
+    flow = flow_of(source)
+    hidden = torch.zeros_like(flow.occlusion)
+    hidden[0, : SIDE // 2] = 1
+    value = values(measure(source, edit, flow=replace(flow, occlusion=hidden)))["warp error x 100"]
+    assert value == pytest.approx(100 * warp_error(edit, flow.forward, occlusion=hidden), rel=1e-6)
 
 
 def test_a_flow_that_is_known_is_not_computed_again(monkeypatch):
