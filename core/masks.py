@@ -32,10 +32,12 @@ def to_latent_grid(mask: Tensor, height: int, width: int) -> Tensor:
 def in_latent_frames(mask: Tensor, frames: int, together: int) -> Tensor:
     """(1, H, W), (frames, H, W) or one a frame of the clip -> (frames, H, W), of joined frames the maximum.
 
-    together: frames of the clip that a latent frame holds, but for the first, which holds one. ValueError for other
-    numbers of frames.
+    together: frames of the clip that a latent frame holds, but for the first, which holds one. Frames at the end that
+    are too few for a latent frame, which the VAE has left out, are left out here too. ValueError for other numbers.
     """
     mask, of_clip = mask.reshape(-1, *mask.shape[-2:]), together * (frames - 1) + 1
+    if of_clip < len(mask) < of_clip + together:
+        mask = mask[:of_clip]
     if together == 1 or mask.shape[0] != of_clip:
         if together > 1 and mask.shape[0] not in (1, frames):
             raise ValueError(

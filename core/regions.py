@@ -143,7 +143,8 @@ def in_latent_frames(layers: Tensor, frames: int) -> Tensor:
         return torch.cat([layers[:, :1], rest], 1)
     raise ValueError(
         f"regions: their masks have {count} frames, the latent has {frames}; expected one mask for all frames, "
-        f"{frames}, or as many as the clip that the latent was encoded from"
+        f"{frames}, or as many as the clip that the latent was encoded from (Regions from Masks gives each line of "
+        f"phrases an equal part of its masks: it wants all frames for every line)"
     )
 
 

@@ -47,6 +47,9 @@ def test_masks_of_the_clips_frames_are_joined_as_the_latents_are():
     assert [tuple(place) for place in joined.nonzero().tolist()] == [(0, 0, 0), (1, 1, 1), (2, 2, 2)]
     of_latent = torch.rand(FRAMES, *SOURCE)
     assert torch.equal(latent_mask(of_latent, FRAMES, HEIGHT, WIDTH, cell=CELL, together=4), on_grid(of_latent))
+    for more in (1, 2, 3):  # frames at the end of a clip, which the VAE leaves out
+        longer = torch.cat([many, torch.ones(more, *SOURCE)])
+        assert torch.equal(latent_mask(longer, FRAMES, HEIGHT, WIDTH, cell=CELL, together=4), joined)
     with pytest.raises(ValueError, match="it has 8 frames, the latent 3, of which .* holds 4 .* 3 or 9"):
         latent_mask(torch.ones(8, *SOURCE), FRAMES, HEIGHT, WIDTH, together=4)
 
