@@ -194,10 +194,18 @@ class RelevanceMatching:
 def redraw_noise(x: Tensor, step: Step) -> Tensor:
     """Before-step function for NEW_CONTENT: begins inside the mask from noise that holds nothing of the source there.
 
-    Inverted noise remembers the object it was inverted from. The new noise follows the seed of the run.
+    Inverted noise remembers the object it was inverted from. The new noise follows the seed of the run. ValueError for
+    a later start: there the cells that noise is drawn from hold the picture of the background.
     """
     if step.index > 0:
         return x
+    first = float(step.run.trajectory.sigmas[0])
+    if float(step.sigma) < first * (1 - 1e-4):
+        raise ValueError(
+            f"sigmas: they begin at {float(step.sigma):.4g}, the trajectory at {first:.4g}, but tasks delete and add "
+            f"begin from new noise, which is noise alone at the beginning only; connect all sigmas (no SplitSigmas, "
+            f"denoise 1), or choose task change"
+        )
     frames_last = x.movedim(0, 1) if x.ndim == 4 else x  # (C, F, h, w) or (1, C, F, h, w)
     redrawn = redraw_inside(frames_last, step.mask, torch.Generator().manual_seed(step.run.seed))
     return redrawn.movedim(1, 0) if x.ndim == 4 else redrawn

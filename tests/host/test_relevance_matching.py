@@ -48,11 +48,11 @@ def sampler(trajectory, form=None, mask=None, strength=0.002, **options):
     return TrajectorySampler(trajectory, mask=mask, before_step=[matching])
 
 
-def run(sampler, positive, noise_mask=None):
+def run(sampler, positive, noise_mask=None, first=0):
     trajectory = sampler.trajectory
     guider = support.guider_of(trajectory.model, positive)
     zeros = torch.zeros(trajectory.shape)
-    return guider.sample(zeros, zeros, sampler, trajectory.sigmas, noise_mask, disable_pbar=True, seed=7)
+    return guider.sample(zeros, zeros, sampler, trajectory.sigmas[first:], noise_mask, disable_pbar=True, seed=7)
 
 
 def left_half():
@@ -126,6 +126,12 @@ def test_new_noise_inside_the_mask_follows_the_seed_of_the_run(trajectory, edit)
     for frame, row in enumerate(start[..., : SIDE // 2].flatten(2)):
         assert torch.isin(row, drawn_from[frame]).all()
     assert torch.equal(starts[1], starts[1 + STEPS]), "later steps are left alone"
+
+
+def test_new_noise_is_refused_where_latents_hold_the_picture(trajectory, edit):
+    """A later start, as behind SplitSigmas."""
+    with pytest.raises(ValueError, match="^sigmas: they begin at .*, the trajectory at .*; connect all sigmas"):
+        run(TrajectorySampler(trajectory, mask=left_half(), before_step=[redraw_noise]), edit, first=1)
 
 
 def test_change_matches_inside_the_mask_too(trajectory, edit, monkeypatch):
