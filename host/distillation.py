@@ -151,6 +151,8 @@ class _Seen(NamedTuple):
 
 NOTHING = Gradients({}, {})
 KNOBS = "the layers (such as u1)"
+SAME = 1e-6
+"""Distance of a cosine from 1 below which its gradient is rounding, which balance would blow up to its share."""
 PLACES = {"text": 0, "negative": 1}
 """Of the prompts among those of a host's call, by which other packs know them."""
 
@@ -263,7 +265,9 @@ class _Passes:
                 ]
             else:
                 losses = [forms[name](source_keys[path], keys[path]) for path in source_keys]
-            found[name] = torch.stack(losses).mean()
+            loss = torch.stack(losses).mean()
+            same = name == RELEVANCE and float(loss.detach()) < -1 + SAME  # before anything has moved
+            found[name] = loss.detach() + 0 * loss if same else loss
         return found
 
     # --- passes ---------------------------------------------------------

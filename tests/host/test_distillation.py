@@ -50,6 +50,16 @@ def pulled(tiny, weights, steps=2, **options):
     return tiny.model.model.process_latent_in(moved), curve
 
 
+@pytest.mark.parametrize("name", EVERY)
+def test_nothing_pulls_where_nothing_has_moved(tiny, name):
+    """In the first step the negative prompt's passes of source and target are one: what rounding leaves of a gradient
+    is not blown up to its balanced share."""
+    score, _ = pulled(tiny, {}, steps=1)
+    both, _ = pulled(tiny, {name: 1.0}, steps=1, branch="negative")
+    moved = score - tiny.model.model.process_latent_in(clip())
+    assert (both - score).norm() <= 1e-4 * moved.norm()
+
+
 @pytest.mark.parametrize("branch", ["text", "negative"])
 @pytest.mark.parametrize("name", EVERY)
 def test_each_regularisers_gradient_is_that_of_finite_differences(tiny, tiny64, name, branch):
