@@ -89,16 +89,8 @@ def matching_loss(
             f"{tuple(target.query.shape)} (frames, heads, tokens, ...); expected the same clip size in both"
         )
     if target.temporal is None:
-        return full_matching_loss(
-            source,
-            target,
-            radius=radius,
-            bidirectional=bidirectional,
-            per_pair=per_pair,
-            rows=rows,
-            weight=weight,
-            on_tile=on_tile,
-        )
+        form = {"radius": radius, "bidirectional": bidirectional, "per_pair": per_pair}
+        return full_matching_loss(source, target, rows=rows, weight=weight, on_tile=on_tile, **form)
     frames, heads, tokens, _ = target.query.shape
     rows = rows or max(1, isqrt(TILE_ELEMENTS // (frames * heads)))
     reach = min(radius or frames, frames - 1)
