@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import Literal, NamedTuple
 
 import comfy.model_management
@@ -242,29 +242,25 @@ class _Passes:
         cond, options = window.leading_cond(prompts[branch], sigma, x), window.options(self._options)
         base, patcher = self._guider.inner_model, self._guider.model_patcher
         asked = Asked(base, patcher, cond, sigma, options, self._step, PLACES[branch])
-        losses = lambda: self._losses(held, keys.keys, {} if features is None else features.features)  # noqa: E731
-        found = self._take(asked, x, recorder, losses, scales)
+        found = self._take(asked, x, recorder, partial(self._losses, held, keys, features), scales)
         return seen | ({branch: found.denoised} if alone else {}), found
 
     def _one_pass_predicts(self, window: Window, prompt: str) -> bool:
         """Whether the pass of the leading conditioning is the host's whole prediction of a prompt."""
         return len(window.conds[prompt]) == 1 and "sampler_calc_cond_batch_function" not in self._options
 
-    def _losses(self, held, keys: dict[str, Tensor], features: dict) -> dict[str, Tensor]:
+    def _losses(self, held, keys: KeyRecorder, features: FeatureRecorder | None) -> dict[str, Tensor]:
         source_keys, source_features = held
         forms = {SPATIAL: spatial_self_similarity_loss, TEMPORAL: temporal_self_similarity_loss}
         found, stop = {}, comfy.model_management.throw_exception_if_processing_interrupted
         for name in self._of_model:
-            if name == RELEVANCE:
-                pairs = [(source_features[path], features[path]) for path in source_features]
-                losses = [
-                    matching_loss(
-                        source, target, rows=small_tile(source) if self._take.low_memory else None, on_tile=stop
-                    )
-                    for source, target in pairs
-                ]
-            else:
-                losses = [forms[name](source_keys[path], keys[path]) for path in source_keys]
+            losses = []
+            for path, source in (source_features if name == RELEVANCE else source_keys).items():
+                if name == RELEVANCE:
+                    rows = small_tile(source) if self._take.low_memory else None
+                    losses.append(matching_loss(source, features.features[path], rows=rows, on_tile=stop))
+                else:
+                    losses.append(forms[name](source, keys.keys[path]))
             loss = torch.stack(losses).mean()
             same = name == RELEVANCE and float(loss.detach()) < -1 + SAME  # before anything has moved
             found[name] = loss.detach() + 0 * loss if same else loss

@@ -16,7 +16,7 @@ from torch import Tensor
 from .attention_tap import AttentionTap
 from .checkpointing import checkpointed
 from .families import IN_SPACE, family_of
-from .gradients import latent_gradients
+from .gradients import gradients_at, prediction_with_graph
 from .memory import ActivationMeter, GradientMemory
 
 log = logging.getLogger("spacetime_edit")
@@ -88,35 +88,22 @@ class GradientPass:
         weights: only of the sum of the losses, each times its weight. RuntimeError where memory runs out for good,
         ValueError for a gradient that is not finite.
         """
-        seen: dict = {}
         largest = max(weights.values(), default=1.0) if weights else 1.0  # half precision holds the sum as each term
-
-        def of_prediction(denoised: Tensor | None) -> dict[str, Tensor]:
-            own = losses()
-            seen.update(denoised=denoised, losses={name: float(value.detach()) for name, value in own.items()})
-            if weights is None:
-                return own
-            return {SUM: sum(weights.get(name, 0.0) / largest * value for name, value in own.items())}
-
         family, half = family_of(asked.patcher), asked.base_model.get_dtype_inference() == torch.float16
+        given = {"model_options": asked.options, "needs": frozenset(IN_SPACE), "place": asked.place}
         while True:
             tap = AttentionTap(asked.patcher, [recorder], differentiable=True)
             blocks = checkpointed(asked.base_model.diffusion_model, family, tap, recorder)
+            call = prediction_with_graph(
+                asked.base_model, x, asked.sigma, asked.cond, tap=tap, mutates=family.mutates, **given
+            )
             try:
-                with blocks if self.low_memory else contextlib.nullcontext():
-                    found = latent_gradients(
-                        asked.base_model,
-                        x,
-                        asked.sigma,
-                        asked.cond,
-                        of_prediction,
-                        model_options=asked.options,
-                        tap=tap,
-                        needs=frozenset(IN_SPACE),
-                        loss_scale=HALF_PRECISION_SCALE if half else 1.0,
-                        mutates=family.mutates,
-                        place=asked.place,
-                    )
+                with blocks if self.low_memory else contextlib.nullcontext(), call as (at, denoised):
+                    own = losses()
+                    values = {name: float(value.detach()) for name, value in own.items()}
+                    if weights is not None:
+                        own = {SUM: sum(weights.get(name, 0.0) / largest * value for name, value in own.items())}
+                    gradients = gradients_at(at, own, HALF_PRECISION_SCALE if half else 1.0)
                 break
             except (torch.OutOfMemoryError, management.ACCELERATOR_ERROR) as error:
                 if not management.is_oom(error):
@@ -127,11 +114,9 @@ class GradientPass:
             recorder.tensors = {}
             log.warning("%s: out of memory; once more without kept activations (slower)", self.what)
             management.soft_empty_cache()
-        gradients = {name: gradient for name, (_, gradient) in found.items()}
         self._check(gradients, asked, recorder)
         total = None if weights is None else largest * gradients.pop(SUM)
-        denoised = seen["denoised"]
-        return Gradients(seen["losses"], gradients, total, None if denoised is None else denoised.detach())
+        return Gradients(values, gradients, total, None if denoised is None else denoised.detach())
 
     def _check(self, gradients: Mapping[str, Tensor], asked: Asked, recorder) -> None:
         for name, gradient in gradients.items():

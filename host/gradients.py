@@ -6,7 +6,7 @@ again in the backward pass, as the host fetches it in the forward pass.
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 
 import torch
@@ -49,52 +49,58 @@ def differentiable(base_model, *, mutates: bool = False, beside: Iterable[torch.
             management.in_training = before
 
 
+@contextlib.contextmanager
+def prediction_with_graph(
+    base_model,
+    latent: Tensor,
+    sigma: Tensor,
+    cond: dict,
+    *,
+    model_options: dict,
+    tap: AttentionTap | None = None,
+    needs: frozenset[Kind] = frozenset(),
+    mutates: bool = False,
+    place: int = 0,
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Within: x, a copy of the latent, and the prediction of x0 with a graph from it; None where a listener ended it.
+
+    latent: as the sampler holds it; sigma: scalar; cond: one processed conditioning. tap, needs, place: see
+    `model_pass.call_model`; mutates: see `differentiable`. The backward pass, too, is to run within.
+    """
+    with differentiable(base_model, mutates=mutates, beside=_control_networks(cond)):
+        x = latent.clone().requires_grad_()
+        conds, level = [_normal_cond(cond)], normal_tensor(sigma)
+        yield x, call_model(base_model, conds, x, level, model_options, tap=tap, needs=needs, place=place)
+
+
+def gradients_at(x: Tensor, losses: Mapping[str, Tensor], loss_scale: float = 1.0) -> dict[str, Tensor]:
+    """d loss / d x of several losses of one prediction, a backward pass each.
+
+    `loss_scale` keeps half-precision gradients out of underflow and is divided out.
+    """
+    found = {}
+    for left, (name, value) in zip(reversed(range(len(losses))), losses.items(), strict=True):
+        found[name] = torch.autograd.grad(value * loss_scale, x, retain_graph=left > 0)[0] / loss_scale
+    return found
+
+
 def latent_gradient(
     base_model,
     latent: Tensor,
     sigma: Tensor,
     cond: dict,
     loss: Callable[[Tensor | None], Tensor],
+    *,
+    loss_scale: float = 1.0,
     **options,
 ) -> tuple[Tensor, Tensor]:
-    """d loss / d latent for one conditional prediction; returns (loss, gradient), both detached.
+    """(loss, d loss / d latent) of one conditional prediction, both detached.
 
-    `loss` gets the prediction of x0 (None where a listener ended the run early) and may use what listeners recorded.
-    The rest as in `latent_gradients`.
+    `loss` gets the prediction of x0 and may use what listeners recorded. The rest as in `prediction_with_graph`.
     """
-    losses = latent_gradients(base_model, latent, sigma, cond, lambda denoised: {"": loss(denoised)}, **options)
-    return losses[""]
-
-
-def latent_gradients(
-    base_model,
-    latent: Tensor,
-    sigma: Tensor,
-    cond: dict,
-    losses: Callable[[Tensor | None], dict[str, Tensor]],
-    *,
-    model_options: dict,
-    tap: AttentionTap | None = None,
-    needs: frozenset[Kind] = frozenset(),
-    loss_scale: float = 1.0,
-    mutates: bool = False,
-    place: int = 0,
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Several losses of one conditional prediction, each with its own gradient; a backward pass each.
-
-    latent: as the sampler holds it; sigma: scalar; cond: one processed conditioning. tap, needs, place: see
-    `model_pass.call_model`. `loss_scale` keeps half-precision gradients out of underflow and is divided out. mutates:
-    see `differentiable`.
-    """
-    found = {}
-    with differentiable(base_model, mutates=mutates, beside=_control_networks(cond)):
-        x = latent.clone().requires_grad_()
-        conds, level = [_normal_cond(cond)], normal_tensor(sigma)
-        values = losses(call_model(base_model, conds, x, level, model_options, tap=tap, needs=needs, place=place))
-        for left, (name, value) in zip(reversed(range(len(values))), values.items(), strict=True):
-            gradient = torch.autograd.grad(value * loss_scale, x, retain_graph=left > 0)[0] / loss_scale
-            found[name] = value.detach(), gradient
-    return found
+    with prediction_with_graph(base_model, latent, sigma, cond, **options) as (x, denoised):
+        value = loss(denoised)
+        return value.detach(), gradients_at(x, {"": value}, loss_scale)[""]
 
 
 def normal_tensor(tensor: Tensor) -> Tensor:

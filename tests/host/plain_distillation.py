@@ -9,7 +9,7 @@ from spacetime_edit.host.attention_tap import AttentionTap
 from spacetime_edit.host.distillation import MOTION, RELEVANCE, SPATIAL, TEMPORAL
 from spacetime_edit.host.families import IN_SPACE, family_of, noise_space
 from spacetime_edit.host.features import FeatureRecorder
-from spacetime_edit.host.gradients import latent_gradients, normal_tensor
+from spacetime_edit.host.gradients import gradients_at, normal_tensor, prediction_with_graph
 from spacetime_edit.host.model_pass import call_model
 from spacetime_edit.tests.host import support
 
@@ -100,17 +100,10 @@ class Regularisers:
     def _gradients(self, base, x, sigma, cond, options, held):
         seen = Recorded(self._blocks)
         tap = AttentionTap(self._model, [seen], differentiable=True)
-        found = latent_gradients(
-            base,
-            x,
-            sigma,
-            cond,
-            lambda _: seen.losses(held, self._of_model),
-            model_options=options,
-            tap=tap,
-            mutates=family_of(self._model).mutates,
-        )
-        return {name: gradient for name, (_, gradient) in found.items()}
+        mutates = family_of(self._model).mutates
+        call = prediction_with_graph(base, x, sigma, cond, model_options=options, tap=tap, mutates=mutates)
+        with call as (at, _):
+            return gradients_at(at, seen.losses(held, self._of_model))
 
 
 def drawn(model, settings, shape, seed):
