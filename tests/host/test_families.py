@@ -26,15 +26,9 @@ from spacetime_edit.host.attention_regions import regions_from_attention
 from spacetime_edit.host.attention_tap import AttentionTap
 from spacetime_edit.host.checkpointing import checkpointed
 from spacetime_edit.host.conditioning import PICTURE
-from spacetime_edit.host.distillation import (
-    SPATIAL,
-    TEMPORAL,
-    Distillation,
-    key_blocks,
-    optimise,
-)
+from spacetime_edit.host.distillation import SPATIAL, TEMPORAL, Distillation, optimise
 from spacetime_edit.host.families import attention_layers, family_of, noise_space
-from spacetime_edit.host.features import FeatureRecorder
+from spacetime_edit.host.features import FeatureRecorder, key_blocks
 from spacetime_edit.host.gradients import latent_gradient, normal_tensor
 from spacetime_edit.host.inflation import inflation_of
 from spacetime_edit.host.inversion import invert
