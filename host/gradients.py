@@ -100,6 +100,7 @@ def latent_gradient(
     """
     with prediction_with_graph(base_model, latent, sigma, cond, **options) as (x, denoised):
         value = loss(denoised)
+        del denoised  # where memory is short
         return value.detach(), gradients_at(x, {"": value}, loss_scale)[""]
 
 
