@@ -297,6 +297,14 @@ def test_an_area_in_time_is_refused(graph):
 # --- prompts ------------------------------------------------------------
 
 
+@families_named("HunyuanVideo")
+def test_a_picture_among_the_words_is_refused(graph):
+    """As HunyuanVideo's image-to-video node puts it there in guidance_type custom."""
+    pictured = [[e, {**about, "ref_latent": graph.family.clip()[:, :, :1]}] for e, about in graph.positive]
+    with pytest.raises(ValueError, match="positive: HunyuanVideo's image-to-video node in guidance_type custom"):
+        predicted(replace(graph, positive=pictured))
+
+
 @every_model
 def test_modes_are_not_mixed_on_one_regions_wire(graph):
     (embedding, about), *_ = graph.positive
