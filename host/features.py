@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from ..core.region_attention import HIDDEN
+from ..core.attention_scores import HIDDEN
 from ..core.relevance import AttentionFeatures
 from .attention_call import AttentionCall
 from .attention_tap import EnoughSeen, Listener
