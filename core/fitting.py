@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
+from .frames import FramePattern
+
 Mode = Literal["crop", "pad"]
 
 
@@ -64,17 +66,18 @@ def _placement(width: int, height: int, size: tuple[int, int], mode: Mode) -> Pl
     return Placement(size, tuple(scaled))
 
 
-def fit_frames(frames: int, *, maximum: int, step: int, offset: int) -> int:
-    """The largest count step * n + offset of at least 2 that neither `frames` nor `maximum` is below.
+def fit_frames(frames: int, *, maximum: int, pattern: FramePattern) -> int:
+    """The longest clip of at least 2 frames that a VAE keeps whole, of at most `frames` and `maximum`.
 
     Raises ValueError naming max_frames, or images, where there is none.
     """
-    least = offset + step * -((offset - 2) // step)
+    step, shortest = pattern.step, pattern.shortest
+    least = shortest + step * max(0, -((shortest - 2) // step))
     for name, count in (("max_frames", maximum), ("images", frames)):
         if count < least:
             raise ValueError(f"{name}: {count} frames to use; expected at least {least}, the model's shortest clip")
     most = min(frames, maximum)
-    return most - (most - offset) % step
+    return most - (most - shortest) % step
 
 
 def place_images(images: Tensor, placement: Placement) -> Tensor:

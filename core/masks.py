@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_max_pool2d, interpolate, max_pool2d
 
+from .frames import FrameMap
+
 
 def as_frames(mask: Tensor, frames: int, name: str = "mask") -> Tensor:
     """(H, W), (1, H, W) or (F, H, W) -> (F, H, W) for `frames` frames; anything else is an error."""
@@ -29,41 +31,16 @@ def to_latent_grid(mask: Tensor, height: int, width: int) -> Tensor:
     return interpolate(pooled, (height, width), mode="nearest-exact")[:, 0]
 
 
-def in_latent_frames(mask: Tensor, frames: int, together: int) -> Tensor:
-    """(1, H, W), (frames, H, W) or one a frame of the clip -> (frames, H, W), of joined frames the maximum.
-
-    together: frames of the clip that a latent frame holds, but for the first, which holds one. Frames at the end that
-    are too few for a latent frame, which the VAE has left out, are left out here too. ValueError for other numbers.
-    """
-    mask, of_clip = mask.reshape(-1, *mask.shape[-2:]), together * (frames - 1) + 1
-    if of_clip < len(mask) < of_clip + together:
-        mask = mask[:of_clip]
-    if together == 1 or mask.shape[0] != of_clip:
-        if together > 1 and mask.shape[0] not in (1, frames):
-            raise ValueError(
-                f"mask: it has {mask.shape[0]} frames, the latent {frames}, of which each but the first holds "
-                f"{together} of the clip; connect one mask for the whole clip, or {frames} or {of_clip} of them"
-            )
-        return as_frames(mask, frames)
-    return torch.cat([mask[:1], mask[1:].unflatten(0, (-1, together)).amax(1)])
-
-
 def latent_mask(
-    mask: Tensor,
-    frames: int,
-    height: int,
-    width: int,
-    *,
-    dilation: float = 0.0,
-    cell: int = 8,
-    together: int = 1,
+    mask: Tensor, time: FrameMap, height: int, width: int, *, dilation: float = 0.0, cell: int = 8
 ) -> Tensor:
-    """A mask of any size on the latent grid: (frames, height, width) in [0, 1].
+    """A mask of any size on the latent grid: (latent frames, height, width) in [0, 1].
 
-    dilation: growth in source pixels; cell: source pixels a latent cell; together: see `in_latent_frames`. The growth
-    happens at the mask's own resolution, before pooling, so the result covers every pixel of the grown mask.
+    mask: (H, W) for all frames, or (F, H, W) for the clip's or the latent's. dilation: growth in source pixels; cell:
+    source pixels a latent cell. The growth happens at the mask's own resolution, before pooling, so the result covers
+    every pixel of the grown mask.
     """
-    mask = in_latent_frames(mask.float().clamp(0, 1), frames, together)
+    mask = time.in_latents(mask.float().clamp(0, 1).reshape(-1, *mask.shape[-2:]), "maximum")
     tall, wide = (round(dilation * m / (n * cell)) for m, n in zip(mask.shape[-2:], (height, width), strict=True))
     return to_latent_grid(dilate(mask, (tall, wide)), height, width)
 

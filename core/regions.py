@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, adaptive_max_pool2d, interpolate
 
+from .frames import FrameMap
 from .masks import as_frames
 
 Pooling = Literal["area", "max", "nearest"]
@@ -26,6 +27,7 @@ OCCURRENCES = {"once": ONLY, "every": EVERY, "first": 1, "second": 2, "third": 3
 PART = 0.9  # share of a region that lies within another, which makes it a part of that
 TINY = 1e-6
 THIN = 0.5  # membership that the best token of a region has at least
+MASKS = "regions: their masks (Regions from Masks gives each line of phrases an equal part of its own) have"
 
 
 class PhraseError(ValueError):
@@ -106,17 +108,17 @@ def _front_first(masks: Tensor) -> list[int]:
     return order
 
 
-def membership(layers: Tensor, grid: tuple[int, int, int], pooling: Pooling = "area") -> Tensor:
-    """What of each token belongs to each layer (K, F, H, W): (f, N, K) in [0, 1] for a grid (f, h, w).
+def membership(layers: Tensor, time: FrameMap, size: tuple[int, int], pooling: Pooling = "area") -> Tensor:
+    """What of each token belongs to each layer (K, F, H, W): (f, N, K) in [0, 1] for frames of tokens of size (h, w).
 
     area: the share of the token's pixels. Of a partition the result sums to 1; a region that has at least a half of
     some pixel of a frame, but less than a half of every token, is scaled up to a half in its best one, at the cost of
     the others, so that thin parts survive. max: the largest pixel. nearest: the top left one, as the public code does.
-    Masks have the clip's frames, or the latent's: see `in_latent_frames`.
+    Over the frames that are one token it is the mean. F: the clip's, the latent's, or 1.
     """
-    frames, height, width = grid
-    owned = in_latent_frames((layers.amax((2, 3), keepdim=True) >= 0.5).float(), frames)[:, :, 0, 0] > 0  # (K, f)
-    layers = in_latent_frames(layers, frames)
+    owned = time.in_tokens((layers.amax((2, 3)) >= 0.5).float().T, "maximum", MASKS).T > 0  # (K, f)
+    layers = time.in_tokens(layers.transpose(0, 1), "mean", MASKS).transpose(0, 1)
+    height, width = size
     flat = layers.flatten(0, 1)[:, None]
     if pooling == "area":
         pooled = adaptive_avg_pool2d(flat, (height, width))
@@ -126,26 +128,6 @@ def membership(layers: Tensor, grid: tuple[int, int, int], pooling: Pooling = "a
         pooled = interpolate(flat, (height, width), mode="nearest")
     tokens = pooled.unflatten(0, layers.shape[:2])[:, :, 0].flatten(2).permute(1, 2, 0)
     return _thin_parts_kept(tokens, owned.T) if pooling == "area" else tokens
-
-
-def in_latent_frames(layers: Tensor, frames: int) -> Tensor:
-    """(K, F, H, W) -> (K, frames, H, W): as it is, or, where a latent frame holds c frames but the first, their mean.
-
-    Raises ValueError where F is neither `frames` nor c (frames - 1) + 1 for a whole c, nor 1.
-    """
-    count = layers.shape[1]
-    if count == frames:
-        return layers
-    if count == 1:
-        return layers.expand(-1, frames, -1, -1)
-    if frames > 1 and (count - 1) % (frames - 1) == 0:
-        rest = layers[:, 1:].unflatten(1, (frames - 1, -1)).mean(2)
-        return torch.cat([layers[:, :1], rest], 1)
-    raise ValueError(
-        f"regions: their masks have {count} frames, the latent has {frames}; expected one mask for all frames, "
-        f"{frames}, or as many as the clip that the latent was encoded from (Regions from Masks gives each line of "
-        f"phrases an equal part of its masks: it wants all frames for every line)"
-    )
 
 
 def _thin_parts_kept(tokens: Tensor, owned: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
+from ..core.frames import FrameMap
 from ..core.inflation import Inflation
 from ..core.parametrization import noise_fraction
 from .animatediff import window_of
@@ -45,10 +46,10 @@ class Row:
 class ModelRun:
     """One call of the model.
 
-    base_model: the host's; sigma (B,); size: (h, w) of the latent that it gets; prompts, uuids: of the batch; frames:
-    indices in the whole clip, as tokens count them; kinds: of attention that the model has. patch, clip_at: of a
-    transformer, see `Family`; before: tokens in front of a clip that comes first; crops_text: whether padding of
-    prompts is gone.
+    base_model: the host's; sigma (B,); size: (h, w) of the latent that it gets; prompts, uuids: of the batch; time: of
+    the whole clip; frames: those of its frames of tokens that the run sees; kinds: of attention that the model has.
+    patch, clip_at: of a transformer, see `Family`; before: tokens in front of a clip that comes first; crops_text:
+    whether padding of prompts is gone.
     """
 
     base_model: object
@@ -56,6 +57,7 @@ class ModelRun:
     size: tuple[int, int]
     prompts: tuple[int, ...]
     uuids: tuple[object, ...]
+    time: FrameMap
     frames: tuple[int, ...]
     options: dict = field(repr=False)
     kinds: frozenset[Kind] = frozenset()
@@ -79,12 +81,6 @@ class ModelRun:
         """How its spatial attention spans frames; None: each frame attends to itself."""
         return self.options.get(INFLATION)
 
-    @property
-    def clip_frames(self) -> int:
-        """Frames of the whole clip, of which a context window shows some."""
-        window = _window(self.options)
-        return len(self.frames) if window is None else -(-window[1] // (self.patch or (1,))[0])
-
     @cached_property
     def percent(self) -> float:
         """Progress of denoising in [0, 1], as in Apply ControlNet."""
@@ -102,11 +98,10 @@ def describe_run(
     prompts = tuple(options.get("cond_or_uncond", (0,)))
     frames = x.shape[0] // len(prompts) if x.ndim == 4 else x.shape[2]
     window = _window(options)
-    indices = tuple(range(frames)) if window is None else window[0]
+    shown, total = (range(frames), frames) if window is None else window
     network = base_model.diffusion_model
     patch, before = patch_size(network) if family.patched else None, 0
-    if patch is not None:
-        indices = _token_frames(indices, patch[0])
+    time = family.frames.of(total, 1 if patch is None else patch[0])
     if (reads := family.references) and given.get(reads[0]) is not None and getattr(network, reads[1], None):
         height, width = given[reads[0]].shape[-2:]
         before = (height // patch[1]) * (width // patch[2])
@@ -116,7 +111,8 @@ def describe_run(
         tuple(x.shape[-2:]),
         prompts,
         tuple(options.get("uuids", (None,) * len(prompts))),
-        indices,
+        time,
+        time.tokens_of(shown),
         options,
         kinds,
         patch,
@@ -305,17 +301,6 @@ def shown_frames(window, retained: Sequence[int]) -> tuple[int, ...]:
     for place in retained:
         frames[place] = place
     return tuple(frames)
-
-
-def _token_frames(frames: tuple[int, ...], together: int) -> tuple[int, ...]:
-    """Which frames of tokens these latent frames make, `together` of them one."""
-    parts = [frames[i : i + together] for i in range(0, len(frames), together)]
-    if any(len({frame // together for frame in part}) > 1 for part in parts):
-        raise ValueError(
-            f"model: it joins {together} latent frames in a token, and the context window begins in the middle of one; "
-            f"choose a context length, overlap and stride that {together} divides"
-        )
-    return tuple(part[0] // together for part in parts)
 
 
 def _grid(layer: Layer, query: Tensor, run: ModelRun, kwargs: dict, tokens: int | None) -> tuple[int, int, int]:

@@ -12,7 +12,7 @@ from ..core.clustering import MAX_TOKENS, attention_profiles, cluster_layout, on
 from ..core.trajectory import Trajectory
 from .attention_call import AttentionCall
 from .families import Kind, family_of, patch_size, space_kinds
-from .latents import frame_count, token_frames
+from .latents import frame_count, time_of
 from .model_pass import nearest_step, show_to
 from .relevance_preview import chosen_blocks
 
@@ -39,7 +39,8 @@ def regions_from_attention(
     clip. ValueError for layers that the model has not.
     """
     model, clean = trajectory.model, trajectory.clean
-    blocks, shown = chosen_blocks(layers, model), token_frames(frames or frame_count(clean), clean, model)
+    blocks = chosen_blocks(layers, model)
+    shown = time_of(clean, model).tokens_of_clip(frames or frame_count(clean))
     patch = (1, 1) if family_of(model).patched is None else patch_size(model.model.diffusion_model)[1:]
     finest = tuple(-(-side // cell) for side, cell in zip(clean.shape[-2:], patch, strict=True))
     recorder = ProfileRecorder(finest, blocks, space_kinds(model))

@@ -47,8 +47,7 @@ def fit_clip(
     total, height, width, channels = images.shape
     usable = range(0, total, every_nth)
     _check_usable(total, every_nth)
-    step, offset = family.frame_rule
-    picked = usable[: fit_frames(len(usable), maximum=max_frames, step=step, offset=offset)]
+    picked = usable[: fit_frames(len(usable), maximum=max_frames, pattern=family.frames)]
     placement = fit_size(width, height, multiple=multiple, max_side=max_side, mode=mode)
     mask = torch.ones(1, height, width) if mask is None else _of_picked(mask, total, picked)
     images = images[picked.start : picked.stop : picked.step, ..., :3]

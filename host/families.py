@@ -15,6 +15,7 @@ from typing import Literal
 
 from torch.nn import Module
 
+from ..core.frames import FramePattern
 from ..core.parametrization import NoiseSpace
 
 Kind = Literal["spatial", "cross", "temporal", "joint", "spacetime"]
@@ -49,7 +50,7 @@ class Family:
     norms: str = NEVER
     mutates: bool = False
     downsamplers: str = NEVER
-    frame_rule: tuple[int, int] = (1, 0)
+    frames: FramePattern = FramePattern()
     patched: Ends | None = None
     score_blocks: str = ""
     picture_keys: str = ""
@@ -77,7 +78,7 @@ SD_BLOCKS = {
     "downsamplers": r"input_blocks\.\d+\.0\.op",
 }
 
-FOUR_IN_ONE = {"frame_rule": (4, 1), "patched": "first", "score_blocks": "b0-b1"}
+FOUR_IN_ONE = {"frames": FramePattern((1,), (4,)), "patched": "first", "score_blocks": "b0-b1"}
 """Video transformers whose latent frames, but for the first, hold four of the clip."""
 
 FAMILIES = (
@@ -208,7 +209,7 @@ FAMILIES = (
         blocks=r"transformer_blocks\.\d+",
         mutates=True,
         unseen=1.75,
-        **FOUR_IN_ONE | {"frame_rule": (8, 1)},
+        **FOUR_IN_ONE | {"frames": FramePattern((1,), (8,))},
     ),
     Family(
         name="Mochi",
@@ -218,7 +219,7 @@ FAMILIES = (
         blocks=r"blocks\.\d+",
         crops_text=True,
         unseen=2.6,
-        **FOUR_IN_ONE | {"frame_rule": (6, 1)},
+        **FOUR_IN_ONE | {"frames": FramePattern((1,), (6,))},
     ),
     Family(
         name="Cosmos 1",
@@ -229,7 +230,7 @@ FAMILIES = (
             ("cross", r"(blocks)\.block(\d+)\.blocks\.1\.block\.attn"),
         ),
         blocks=r"blocks\.block\d+",
-        **FOUR_IN_ONE | {"frame_rule": (8, 1)},
+        **FOUR_IN_ONE | {"frames": FramePattern((1,), (8,))},
     ),
     Family(
         name="Cosmos Predict2",

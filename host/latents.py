@@ -4,6 +4,7 @@ import math
 
 from torch import Tensor
 
+from ..core.frames import FrameMap
 from ..core.masks import latent_mask
 from .families import family_of, patch_size
 
@@ -13,22 +14,11 @@ def frame_count(latent: Tensor) -> int:
     return latent.shape[0] if latent.ndim == 4 else latent.shape[2]
 
 
-def token_frames(frames: int, latent: Tensor, model) -> list[int]:
-    """For each of a clip's frames the frame of tokens in which the model sees it.
-
-    ValueError unless the clip has the latent's frames, or those that it was encoded from.
-    """
-    latents, family = frame_count(latent), family_of(model)
-    together = family.frame_rule[0]
-    clip = together * (latents - 1) + 1
-    if frames not in (latents, clip):
-        held = f"{clip} frames" + (f" ({latents} in the latent)" if clip != latents else "")
-        raise ValueError(
-            f"images: they are {frames}, the trajectory has {held}; connect the clip that was encoded for Invert Video"
-        )
-    of_latents = range(frames) if frames == latents else [-(-frame // together) for frame in range(frames)]
+def time_of(latent: Tensor, model) -> FrameMap:
+    """The time of one clip, as a ModelPatcher sees it."""
+    family = family_of(model)
     joined = 1 if family.patched is None else patch_size(model.model.diffusion_model)[0]
-    return [frame // joined for frame in of_latents]
+    return family.frames.of(frame_count(latent), joined)
 
 
 def mask_like(mask: Tensor, latent: Tensor) -> Tensor:
@@ -44,8 +34,7 @@ def grid_mask_of(mask: Tensor, latent: Tensor, model, dilation: float) -> Tensor
     if not (math.isfinite(dilation) and dilation >= 0):
         raise ValueError(f"dilation: it is {dilation}; expected a number of pixels of at least 0")
     cell = model.model.latent_format.spacial_downscale_ratio
-    together = family_of(model).frame_rule[0]
-    return latent_mask(mask, frame_count(latent), *latent.shape[-2:], dilation=dilation, cell=cell, together=together)
+    return latent_mask(mask, time_of(latent, model), *latent.shape[-2:], dilation=dilation, cell=cell)
 
 
 def check_clip_latent(latent: Tensor, model) -> None:

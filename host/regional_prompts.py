@@ -13,6 +13,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from ..core.frames import FrameMap
 from ..core.regions import membership, partition, same_frames, size_term, token_regions
 from .attention_call import RETAINED, SOURCE_RUN, AttentionCall, ModelRun
 from .node_text import LOG
@@ -174,17 +175,17 @@ class RegionalPrompts:
 
     def table(self, layout: Layout, area: Area, call: AttentionCall) -> Table:
         """Of a layout on the call's grid, made once."""
-        key = id(layout.regions), area, call.grid[1:], call.run.clip_frames
+        key = id(layout.regions), area, call.grid[1:], call.run.time
         if key not in self._tables:
-            self._tables[key] = self._made(layout, area, (call.run.clip_frames, *call.grid[1:]))
+            self._tables[key] = self._made(layout, area, call.run.time, call.grid[1:])
         return self._tables[key]
 
-    def _made(self, layout: Layout, area: Area, grid: tuple[int, int, int]) -> Table:
+    def _made(self, layout: Layout, area: Area, time: FrameMap, size: tuple[int, int]) -> Table:
         masks, rules = same_frames(layout.regions), layout.rules
         masks = partition(masks) if rules.partitioned else masks
         if area is not None:
             masks = _cropped(masks, area, self.size[-2:])
-        tokens = membership(masks, grid, rules.pooling)
+        tokens = membership(masks, time, size, rules.pooling)
         of_clip = size_term(tokens, "clip", covered_twice=rules.covered_twice)
         return Table(tokens, of_clip, size_term(tokens, "frame"))
 

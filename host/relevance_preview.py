@@ -12,7 +12,7 @@ from ..core.propagation import cross_frame_relevance, point_region, region_weigh
 from ..core.trajectory import Trajectory
 from .attention_call import AttentionCall
 from .families import Kind, attention_layers, select_blocks, space_kinds
-from .latents import frame_count, token_frames
+from .latents import frame_count, time_of
 from .model_pass import HANDLER, show_to
 
 LUMINANCE = torch.tensor([0.299, 0.587, 0.114])
@@ -36,7 +36,7 @@ def relevance_of(
     the model has not.
     """
     model = trajectory.model
-    shown = token_frames(frames or frame_count(trajectory.clean), trajectory.clean, model)
+    shown = time_of(trajectory.clean, model).tokens_of_clip(frames or frame_count(trajectory.clean))
     recorder = RelevanceRecorder(region, shown[frame], chosen_blocks(layers, model), space_kinds(model))
     show_to(recorder, trajectory, percent, frozenset(recorder.kinds))
     return recorder.relevance[shown]
@@ -78,7 +78,7 @@ def check_images(images: Tensor, trajectory: Trajectory) -> None:
     """ValueError unless `images` (F, H, W, 3) has the trajectory's frames and, to a latent cell, its aspect ratio."""
     latent = trajectory.clean
     height, width = latent.shape[-2:]
-    token_frames(len(images), latent, trajectory.model)
+    time_of(latent, trajectory.model).tokens_of_clip(len(images))
     tall, wide = images.shape[1:3]
     if abs(wide * height / tall - width) >= 1 and abs(tall * width / wide - height) >= 1:
         cell = trajectory.model.model.latent_format.spacial_downscale_ratio

@@ -33,9 +33,9 @@ from ..core.trajectory import Trajectory
 from .attention_call import SOURCE_RUN
 from .attention_tap import ONE_GPU
 from .conditioning import check_picture
-from .families import family_of, noise_space
+from .families import noise_space
 from .inflation import inflation_of
-from .latents import frame_count, grid_mask_of, mask_like
+from .latents import frame_count, grid_mask_of, mask_like, time_of
 from .model_pass import check_windows
 from .node_text import LOG, NodeText
 from .region_patch import tell_layouts_without_patch
@@ -272,12 +272,12 @@ class TrajectorySampler(comfy.samplers.Sampler):
         if denoise_mask is None:
             return self.grid
         mask = _frames_of(denoise_mask)
-        together = family_of(self.trajectory.model).frame_rule[0]
-        if together > 1 and (mask.max() == 0 or not torch.equal(mask, mask[:1].expand_as(mask))):
+        time = time_of(self.trajectory.clean, self.trajectory.model)
+        if time.compressed and (mask.max() == 0 or not torch.equal(mask, mask[:1].expand_as(mask))):
             raise ValueError(
-                f"mask: the latent carries a mask for each frame, or an empty one, but a latent frame of this model "
-                f"holds {together} frames of the clip, between which ComfyUI interpolates the masks; connect the mask "
-                f"to this sampler's node instead of Set Latent Noise Mask"
+                "mask: the latent carries a mask for each frame, or an empty one, but a latent frame of this model "
+                "holds several frames of the clip, between which ComfyUI interpolates the masks; connect the mask "
+                "to this sampler's node instead of Set Latent Noise Mask"
             )
         return grid_mask(mask, self.trajectory, self.dilation)
 

@@ -1,15 +1,18 @@
 """How strongly the pixels of a clip attend to words of a prompt (VideoGrain, arXiv 2502.17258, figure 7)."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
+from ..core.frames import FrameMap
+from ..core.regions import MASKS
 from ..core.trajectory import Trajectory
 from .attention_call import AttentionCall
 from .families import Kind, attention_layers, select_blocks, text_kinds
-from .latents import frame_count, token_frames
+from .latents import frame_count, time_of
 from .model_pass import show_to
 from .region_prompt import Layout, positions_in
 from .regional_prompts import placed_on
@@ -43,7 +46,7 @@ def token_attention(
         raise ValueError(
             "model: it is not the one that was inverted; connect the same loader to both, and the patch after"
         )
-    shown = token_frames(frames or frame_count(trajectory.clean), trajectory.clean, trajectory.model)
+    shown = time_of(trajectory.clean, trajectory.model).tokens_of_clip(frames or frame_count(trajectory.clean))
     kinds = text_kinds(trajectory.model)
     blocks = {at.block for at in attention_layers(trajectory.model).values() if at.kind in kinds}
     if not blocks:
@@ -113,20 +116,16 @@ class WordRecorder:
         return (before + clip, after) if call.run.clip_at == "first" else (0, before)
 
 
-def share_inside(attention: Tensor, layout: Layout, words: str) -> float | None:
-    """Share of the attention (F, H, W) to words that lies in the regions whose phrase holds them; None: no such."""
+def share_inside(attention: Tensor, layout: Layout, words: str, time: FrameMap) -> float | None:
+    """Share of the attention (F, H, W) to words that lies in the regions whose phrase holds them; None: no such.
+
+    time: of the clip; F: its frames, or its latent's.
+    """
     places = set(positions_in(layout, words))
     masks = [r.mask for r, own in zip(layout.regions, layout.positions, strict=True) if places & set(own)]
     if not masks:
         return None
     sized = [interpolate(m.float().reshape(1, -1, *m.shape[-2:]), attention.shape[1:])[0] for m in masks]
-    inside = torch.stack([_for_frames(m, len(attention)) for m in sized]).amax(0).to(attention)
+    shown = time.in_clip if len(attention) == time.clip else partial(time.in_latents, how="mean")
+    inside = torch.stack([shown(m, subject=MASKS) for m in sized]).amax(0).to(attention)
     return float((attention * inside).sum() / attention.sum().clamp_min(torch.finfo(torch.float32).tiny))
-
-
-def _for_frames(mask: Tensor, frames: int) -> Tensor:
-    """(frames, H, W) of a mask of one frame, of all, or of the latent's, of which each but the first is for several."""
-    if len(mask) in (1, frames):
-        return mask.expand(frames, -1, -1)
-    together = (frames - 1) // (len(mask) - 1)
-    return mask[[-(-frame // together) for frame in range(frames)]]

@@ -82,6 +82,7 @@ class PreviewTokenAttention(io.ComfyNode):
     def execute(cls, trajectory, images, positive, words, percent, opacity=0.8, layers="", model=None) -> io.NodeOutput:
         import torch
 
+        from ..host.latents import time_of
         from ..host.regional_prompts import placed_on
         from ..host.relevance_preview import check_images, heat_map
         from ..host.token_attention import share_inside, token_attention
@@ -95,7 +96,8 @@ class PreviewTokenAttention(io.ComfyNode):
         ]
         shown = heat_map(torch.cat(maps, 2), torch.cat([images[..., :3]] * len(maps), 2), opacity)
         layout = placed_on(positive, percent)[1].layout
-        shares = [share_inside(attention, layout, words) for attention in maps]
+        time = time_of(trajectory.clean, trajectory.model)
+        shares = [share_inside(attention, layout, words, time) for attention in maps]
         if shares[0] is not None:
             parts = (f"{name}: {100 * share:.0f} %" for name, share in zip(models, shares, strict=True))
             show_on_node(cls, f"Attention to '{words}' that lies in its region, {', '.join(parts)}")

@@ -59,8 +59,8 @@ def _row(tiny) -> str:
     regions = ", ".join(name for kind, name in acts.items() if kind in kinds)
     letters = sorted({block[0] for block in key_blocks(model)})
     compared = ", ".join(letters) if family.patched is None else f"the later half of {', '.join(letters)}"
-    step, offset = family.frame_rule
-    frames = "any number, one latent image each" if step == 1 else f"{step} n + {offset}, one video latent"
+    step, least = family.frames.step, family.frames.shortest
+    frames = "any number, one latent image each" if step == 1 else f"{step} n + {least}, one video latent"
     return f"| {KNOWN_AS.get(tiny.name, tiny.name)} | {matched} | {regions} | {compared} | {frames} |"
 
 

@@ -8,6 +8,7 @@ import torch
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from spacetime_edit.core.fitting import Placement, fit_frames, fit_size, place_images, place_mask
+from spacetime_edit.core.frames import FramePattern
 
 many = settings(max_examples=200, deadline=None, derandomize=True)
 SIZES = st.tuples(st.integers(1, 4096), st.integers(1, 4096))
@@ -93,26 +94,34 @@ def test_a_bound_below_one_multiple_is_named():
 # frames
 
 
+PICTURES, FOURS = FramePattern(), FramePattern((1,), (4,))
+
+
 @many
-@given(st.integers(2, 300), st.integers(2, 300), st.integers(1, 9), st.integers(0, 9))
-@example(81, 81, 4, 1)
-def test_the_longest_clip_that_follows_the_rule(frames, maximum, step, offset):
-    lengths = [n for n in range(2, min(frames, maximum) + 1) if n % step == offset % step]
+@given(
+    st.integers(2, 300),
+    st.integers(2, 300),
+    st.sampled_from([PICTURES, FOURS, FramePattern((1,), (8,)), FramePattern(cycle=(1, 4, 4, 4, 4), least=2, group=5)]),
+)
+@example(81, 81, FOURS)
+def test_the_longest_clip_that_the_vae_keeps_whole(frames, maximum, pattern):
+    kept = (pattern.clip_frames(n) for n in range(pattern.least, 301, pattern.group))
+    lengths = [n for n in kept if 2 <= n <= min(frames, maximum)]
     assume(lengths)
-    assert fit_frames(frames, maximum=maximum, step=step, offset=offset) == lengths[-1]
+    assert fit_frames(frames, maximum=maximum, pattern=pattern) == lengths[-1]
 
 
 @pytest.mark.parametrize(
-    ("frames", "maximum", "rule", "words"),
+    ("frames", "maximum", "pattern", "words"),
     [
-        (4, 24, (4, 1), "^images: 4 .* at least 5"),
-        (9, 4, (4, 1), "^max_frames: 4 .* 5"),
-        (1, 9, (1, 0), "^images: 1 .* 2"),
+        (4, 24, FOURS, "^images: 4 .* at least 5"),
+        (9, 4, FOURS, "^max_frames: 4 .* 5"),
+        (1, 9, PICTURES, "^images: 1 .* 2"),
     ],
 )
-def test_a_clip_that_is_too_short_is_named(frames, maximum, rule, words):
+def test_a_clip_that_is_too_short_is_named(frames, maximum, pattern, words):
     with pytest.raises(ValueError, match=words):
-        fit_frames(frames, maximum=maximum, step=rule[0], offset=rule[1])
+        fit_frames(frames, maximum=maximum, pattern=pattern)
 
 
 # pictures

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from spacetime_edit.core.frames import FramePattern
 from spacetime_edit.core.masks import as_frames, blend, dilate, latent_mask, redraw_inside, to_latent_grid
 
 FRAMES, HEIGHT, WIDTH, CELL = 3, 6, 10, 8
@@ -15,7 +16,7 @@ def point(row, column, size=SOURCE):
 
 
 def on_grid(mask, **options):
-    return latent_mask(mask, FRAMES, HEIGHT, WIDTH, cell=CELL, **options)
+    return latent_mask(mask, FramePattern().of(FRAMES), HEIGHT, WIDTH, cell=CELL, **options)
 
 
 @pytest.mark.parametrize("size", [SOURCE, (HEIGHT, WIDTH), (1, 1), (7, 9), (200, 333), (3, 500), (500, 3)], ids=str)
@@ -35,23 +36,21 @@ def test_shapes_of_one_mask_and_one_a_frame():
 
 
 def test_a_wrong_number_of_frames_is_named():
-    with pytest.raises(ValueError, match=r"^mask: it has 2 frames, the clip has 3; connect one mask .* one a frame"):
+    with pytest.raises(ValueError, match=r"^mask: it has 2 frames, the clip has 3; connect one mask .* or 3 of them"):
         on_grid(torch.ones(2, *SOURCE))
 
 
 def test_masks_of_the_clips_frames_are_joined_as_the_latents_are():
     """Latents of 4 n + 1 frames: the first latent frame holds one, each other four."""
+    time = FramePattern((1,), (4,)).of(FRAMES)
     many = torch.zeros(9, *SOURCE)
     many[0, 0, 0] = many[4, 8, 8] = many[5, 16, 16] = 1
-    joined = latent_mask(many, FRAMES, HEIGHT, WIDTH, cell=CELL, together=4)
+    joined = latent_mask(many, time, HEIGHT, WIDTH, cell=CELL)
     assert [tuple(place) for place in joined.nonzero().tolist()] == [(0, 0, 0), (1, 1, 1), (2, 2, 2)]
     of_latent = torch.rand(FRAMES, *SOURCE)
-    assert torch.equal(latent_mask(of_latent, FRAMES, HEIGHT, WIDTH, cell=CELL, together=4), on_grid(of_latent))
-    for more in (1, 2, 3):  # frames at the end of a clip, which the VAE leaves out
-        longer = torch.cat([many, torch.ones(more, *SOURCE)])
-        assert torch.equal(latent_mask(longer, FRAMES, HEIGHT, WIDTH, cell=CELL, together=4), joined)
-    with pytest.raises(ValueError, match="it has 8 frames, the latent 3, of which .* holds 4 .* 3 or 9"):
-        latent_mask(torch.ones(8, *SOURCE), FRAMES, HEIGHT, WIDTH, together=4)
+    assert torch.equal(latent_mask(of_latent, time, HEIGHT, WIDTH, cell=CELL), on_grid(of_latent))
+    with pytest.raises(ValueError, match=r"it has 8 frames, the clip has 9 \(3 in the latent\).* 9 or 3"):
+        latent_mask(torch.ones(8, *SOURCE), time, HEIGHT, WIDTH)
 
 
 def test_values_outside_0_and_1_are_clamped():

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from spacetime_edit.core.frames import FramePattern
 from spacetime_edit.core.regions import (
     EVERY,
     ONLY,
     PhraseError,
     Region,
-    in_latent_frames,
     membership,
     partition,
     phrase_positions,
@@ -16,6 +16,8 @@ from spacetime_edit.core.regions import (
     token_regions,
 )
 from spacetime_edit.tools.live_memory import PeakMemory
+
+ONE = FramePattern().of(1)
 
 
 def box(x0, y0, x1, y1, frames=1, side=16):
@@ -71,7 +73,7 @@ def test_shares_sum_to_one(regions, seed):
 
 def test_area_is_the_share_of_a_tokens_pixels():
     shares = partition(masks_of(box(0, 0, 6, 16)))
-    tokens = membership(shares, (1, 4, 4))
+    tokens = membership(shares, ONE, (4, 4))
     expected = torch.tensor([1.0, 0.5, 0, 0]).expand(4, 4).flatten()
     torch.testing.assert_close(tokens[0, :, 0], expected)
     torch.testing.assert_close(tokens.sum(-1), torch.ones(1, 16))
@@ -79,31 +81,32 @@ def test_area_is_the_share_of_a_tokens_pixels():
 
 def test_thin_parts_get_half_a_token_and_the_rest_gives_way():
     whole, line = box(0, 0, 16, 16), box(0, 5, 16, 6)
-    tokens = membership(partition(masks_of(whole, line)), (1, 4, 4))
+    tokens = membership(partition(masks_of(whole, line)), ONE, (4, 4))
     assert float(tokens[0, 4:8, 1].min()) == 0.5 and tokens[0, :4, 1].max() == 0
     torch.testing.assert_close(tokens.sum(-1), torch.ones(1, 16))
 
 
 def test_max_and_nearest():
     line = masks_of(box(0, 5, 16, 6))
-    assert membership(line, (1, 4, 4), "max")[0, 4:8, 0].min() == 1
-    assert membership(line, (1, 4, 4), "nearest").sum() == 0  # the top left pixel of a token is another row
-    assert membership(masks_of(box(0, 4, 16, 5)), (1, 4, 4), "nearest")[0, 4:8, 0].min() == 1
+    assert membership(line, ONE, (4, 4), "max")[0, 4:8, 0].min() == 1
+    assert membership(line, ONE, (4, 4), "nearest").sum() == 0  # the top left pixel of a token is another row
+    assert membership(masks_of(box(0, 4, 16, 5)), ONE, (4, 4), "nearest")[0, 4:8, 0].min() == 1
 
 
 def test_each_frame_has_its_own_mask():
     masks = masks_of(torch.cat([box(0, 0, 8, 16), box(8, 0, 16, 16)]))
-    tokens = membership(partition(masks), (2, 2, 2))
+    tokens = membership(partition(masks), FramePattern().of(2), (2, 2))
     assert tokens[:, :, 0].tolist() == [[1, 0, 1, 0], [0, 1, 0, 1]]
 
 
-def test_frames_of_a_compressed_latent_are_means_of_theirs():
-    layers = torch.arange(9.0).view(1, 9, 1, 1)
-    assert in_latent_frames(layers, 3).flatten().tolist() == [0, 2.5, 6.5]
-    assert in_latent_frames(layers, 9) is layers
-    assert in_latent_frames(layers[:, :1], 5).shape[1] == 5
-    with pytest.raises(ValueError, match="9 frames, the latent has 4"):
-        in_latent_frames(layers, 4)
+def test_frames_of_a_token_are_means_of_theirs():
+    """Of latents of 4 n + 1 frames, two of which are one token: the first holds frames 0 and 1 to 4, a half each."""
+    layers = (torch.arange(13) >= 4).float().view(1, 13, 1, 1)
+    pattern = FramePattern((1,), (4,))
+    assert membership(layers, pattern.of(4), (1, 1), "max").flatten().tolist() == [0, 0.25, 1, 1]
+    assert membership(layers, pattern.of(4, 2), (1, 1), "max").flatten().tolist() == [0.125, 1]
+    with pytest.raises(ValueError, match=r"^regions: .* have 13 frames, the clip has 9 \(3 in the latent\)"):
+        membership(layers, pattern.of(3), (1, 1))
 
 
 def test_masks_of_other_sizes_are_refused_by_name():
@@ -128,22 +131,22 @@ def test_noise_in_a_mask_is_no_thin_part():
     """Frame 1 of the first region is the black of a video, 1/255 and not 0: it owns nothing there."""
     masks = masks_of(box(4, 4, 12, 12, frames=2))
     masks[0, 1] = 1 / 255
-    tokens = membership(partition(masks), (2, 4, 4))
+    tokens = membership(partition(masks), FramePattern().of(2), (4, 4))
     assert tokens[1, :, 0].max() < 0.01 and tokens[0, :, 0].max() == 1
 
 
 def test_a_thin_part_of_one_frame_of_four_survives_in_the_latents():
     mask = torch.zeros(1, 5, 16, 16)
     mask[0, 2, 5, 5] = 1
-    tokens = membership(partition(mask), (2, 4, 4))
+    tokens = membership(partition(mask), FramePattern((1,), (4,)).of(2), (4, 4))
     assert tokens[1, :, 0].max() == pytest.approx(0.5) and tokens[0, :, 0].max() == 0
 
 
 def test_thin_parts_of_one_token_share_it_alike():
     """One pixel in sixteen each, both want a half: neither gives way to the other."""
-    tokens = membership(partition(masks_of(box(0, 0, 1, 1), box(2, 2, 3, 3))), (1, 4, 4))
+    tokens = membership(partition(masks_of(box(0, 0, 1, 1), box(2, 2, 3, 3))), ONE, (4, 4))
     assert tokens[0, 0].tolist() == pytest.approx([0.5, 0.5, 0.0])
-    three = membership(partition(masks_of(box(0, 0, 1, 1), box(2, 2, 3, 3), box(0, 3, 1, 4))), (1, 4, 4))
+    three = membership(partition(masks_of(box(0, 0, 1, 1), box(2, 2, 3, 3), box(0, 3, 1, 4))), ONE, (4, 4))
     assert three[0, 0].tolist() == pytest.approx([1 / 3, 1 / 3, 1 / 3, 0.0])
 
 

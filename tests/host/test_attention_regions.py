@@ -5,6 +5,7 @@ import torch
 from spacetime_edit.core.regions import Region
 from spacetime_edit.host.attention_regions import regions_from_attention
 from spacetime_edit.host.inversion import invert
+from spacetime_edit.host.latents import time_of
 from spacetime_edit.host.loaders.example_clips import clip_names, load_clip
 from spacetime_edit.host.model_pass import show_to
 from spacetime_edit.host.region_patch import RegionModulation, patch_regions
@@ -90,13 +91,12 @@ def test_attention_to_words_is_the_softmaxs_own(tiny, trajectory, edit):
 def test_the_patch_moves_words_into_their_region(tiny, trajectory, edit):
     layout = edit[0][1][LAYOUT]
     patched = patch_regions(tiny.model, RegionModulation(cross_strength=3.0, end=0.6))
+    time = time_of(trajectory.clean, tiny.model)
     for words in ("a blue triangle", "yellow circle"):
-        plain, moved = (
-            share_inside(token_attention(trajectory, edit, words, (64, 64), percent=0.1, model=model), layout, words)
-            for model in (None, patched)
-        )
+        maps = (token_attention(trajectory, edit, words, (64, 64), percent=0.1, model=m) for m in (None, patched))
+        plain, moved = (share_inside(attention, layout, words, time) for attention in maps)
         assert moved > plain + 0.1
-    assert share_inside(torch.ones(8, 64, 64), layout, "gray background") is None
+    assert share_inside(torch.ones(8, 64, 64), layout, "gray background", time) is None
 
 
 def test_a_repeated_prompt_counts_every_turn(tiny, trajectory, edit):

@@ -32,6 +32,7 @@ from spacetime_edit.host.features import FeatureRecorder, key_blocks
 from spacetime_edit.host.gradients import latent_gradient, normal_tensor
 from spacetime_edit.host.inflation import inflation_of
 from spacetime_edit.host.inversion import invert
+from spacetime_edit.host.latents import time_of
 from spacetime_edit.host.memory import ActivationMeter
 from spacetime_edit.host.model_pass import call_model, show_to
 from spacetime_edit.host.region_patch import RegionModulation, patch_regions
@@ -554,7 +555,7 @@ def memberships(family):
 def by_definition(call, t, sides, words, strength, text_first, share=None):
     """(output with regions, without them) of an attention of a transformer, dense and in float64, for every row.
 
-    share: (K,) of the clip that each region covers; None: as the tokens of the call do.
+    share: (K,) of the clip that each region covers, or (tokens, K); None: as the tokens of the call do.
     """
     before, clip, after = call.parts(call.query) if call.kind != "joint" else (0, len(sides), 0)
     sides = torch.nn.functional.pad(sides, (0, 0, before, after))  # those of a reference picture
@@ -605,6 +606,33 @@ def test_regions_are_the_methods_own_scores(family, model):
 def prompts_of(family):
     """Of the source, of the edit, negative."""
     return [family.conditioning(seed) for seed in range(3)]
+
+
+@transformers
+def test_regions_move_with_the_clips_frames(family, model):
+    """Against the definition, of a mask that is another in each frame of the clip; the last ones the VAE drops."""
+    latents, step = family.shape[2], family_of(model).frames.step
+    count, height, width = family.grid
+    of_latent = [[0]] + [list(range(step * n + 1, step * n + step + 1)) for n in range(latents - 1)]
+    of_token = [of_latent[t * latents // count : (t + 1) * latents // count] for t in range(count)]
+    moving = torch.zeros(step * (latents - 1) + step, 4 * height, 4 * width)
+    for frame, mask in enumerate(moving):
+        mask[:, : 4 * (1 + frame % (width - 1))] = 1
+    layout = replace(halves(family), regions=(Region("a", moving),), positions=((1,),))
+    columns = torch.nn.functional.adaptive_avg_pool2d(moving, (height, width)).double().flatten(1)
+    inside = torch.cat([torch.stack([columns[held].mean(0) for held in token]).mean(0) for token in of_token])
+    words = torch.zeros(family.words, 2, dtype=torch.float64)
+    words[1, 0] = 1
+    no_level = patch_regions(model, RegionModulation(end=1.0, levels=frozenset({2**20})))
+    calls, _ = calls_of(no_level, family, family.conditioning(1), positive=regional(family, layout), percent=PERCENT)
+    modulation = RegionModulation(end=1.0, self_strength=1.5, cross_strength=1.5)
+    sides, text_first = torch.stack([inside, 1 - inside], 1), family_of(model).patched == "last"
+    for call in calls:
+        in_frame = sides.unflatten(0, (count, -1)).mean(1).repeat_interleave(height * width, 0)
+        share = in_frame if call.kind == "cross" else None
+        expected, _ = by_definition(call, 1 - PERCENT, sides, words, 1.5, text_first, share)
+        positive = [row.prompt for row in call.rows].index(0)
+        assert support.relative(modulation(call).double()[positive], expected[positive]) <= 1e-5
 
 
 @every_family
@@ -706,7 +734,7 @@ def test_a_model_that_wants_a_picture_is_refused_without_one(family, model):
 def test_masks_follow_the_clip_or_the_latent(family, model):
     """Outside the mask the source stays, for a mask of the clip's frames as for one of the latent's."""
     trajectory = invert(model, family.conditioning(), 0.5 * family.clip(), sigmas_of(model, 2))
-    together, frames = family_of(model).frame_rule[0], family.shape[2 if family.patched else 0]
+    together, frames = family_of(model).frames.step, family.shape[2 if family.patched else 0]
     height, width = family.shape[-2:]
     of_latent = torch.zeros(frames, 8 * height, 8 * width)
     of_latent[-1, :, : 4 * width] = 1
@@ -731,7 +759,7 @@ def test_masks_follow_the_clip_or_the_latent(family, model):
 def seen_clip(family, model):
     """(frames of the clip, for each its frame of tokens, a trajectory of two steps)."""
     own = family_of(model)
-    latents, together = family.shape[2], own.frame_rule[0]
+    latents, together = family.shape[2], own.frames.step
     joined = latents // family.grid[0]
     of_tokens = [
         (0 if frame == 0 else (frame - 1) // together + 1) // joined for frame in range(together * (latents - 1) + 1)
@@ -790,7 +818,7 @@ def test_attention_to_words_is_their_share_of_the_softmax(family, model, seen_cl
     assert 0 < float(total.mean()) < 1
     of_latents = replace(layout.regions[0], mask=layout.regions[0].mask.expand(family.shape[2], -1, -1))
     shares = [
-        share_inside(found, replace(layout, regions=(r, layout.regions[1])), "red")
+        share_inside(found, replace(layout, regions=(r, layout.regions[1])), "red", time_of(trajectory.clean, model))
         for r in (of_latents, layout.regions[0])
     ]
     assert shares[0] == pytest.approx(shares[1])
@@ -810,7 +838,7 @@ def test_regions_of_a_transformers_attention_have_the_clips_frames(family, model
 def test_a_clip_of_other_frames_is_refused(family, model, seen_clip):
     frames, _, trajectory = seen_clip
     with pytest.raises(
-        ValueError, match=f"images: they are {frames + 1}, the trajectory has {frames} frames .*in the latent"
+        ValueError, match=f"images: they are {frames + 1}, the trajectory's clip has {frames} .*in the latent"
     ):
         check_images(torch.zeros(frames + 1, 8, 8, 3), trajectory)
 

@@ -215,7 +215,7 @@ def test_masks_of_another_number_of_frames_are_refused(tiny, regional):
     """Also more of them than the clip has: which of them were meant is not known."""
     patched = patch_regions(tiny.model, RegionModulation(end=1.0))
     for frames in (3, 6):
-        with pytest.raises(ValueError, match=f"their masks have {FRAMES} frames, the latent has {frames}"):
+        with pytest.raises(ValueError, match=rf"^regions: .* have {FRAMES} frames, the clip has {frames};"):
             support.prediction(patched, regional, clip_latent(frames), sigma=8.0)
 
 

@@ -126,7 +126,7 @@ def test_a_mask_replaces_the_point(images, trajectory):
         ({"frame": 3}, "^frame: it is 3; the clip has 3 frames, expected 0 to 2"),
         ({"mask": torch.zeros(FRAMES, 8, 8)}, "^mask: it is empty in frame 1; paint the object there, or set `frame`"),
         ({"mask": torch.ones(2, 8, 8)}, "^mask: it has 2 frames, the clip has 3; connect"),
-        ({"images": (4, 64, 64)}, "^images: they are 4, the trajectory has 3 frames; connect the clip"),
+        ({"images": (4, 64, 64)}, "^images: they are 4, the trajectory's clip has 3; connect the one"),
         (
             {"images": (3, 64, 96)},
             r"^images: they have 96 x 64 pixels, the trajectory's clip has \d+ x \d+, of another",

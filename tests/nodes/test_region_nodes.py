@@ -213,7 +213,7 @@ def test_token_attention_is_shown_before_and_after(tiny, clip, inverted):
     assert attention[clip.mask_2 > 0.5].mean() > 2 * attention[clip.mask_1 > 0.5].mean()
     with pytest.raises(ValueError, match="phrase 'a green dog' in the prompt"):
         PreviewTokenAttention.execute(*arguments[:3], "a green dog", 0.1)
-    with pytest.raises(ValueError, match="images: they are 3, the trajectory has 8 frames"):
+    with pytest.raises(ValueError, match="images: they are 3, the trajectory's clip has 8;"):
         PreviewTokenAttention.execute(arguments[0], clip.images[:3], *arguments[2:])
 
 
