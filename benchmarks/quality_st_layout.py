@@ -52,9 +52,9 @@ from spacetime_edit.core.inflation import Inflation
 from spacetime_edit.core.masks import dilate
 from spacetime_edit.core.regions import Region
 from spacetime_edit.core.trajectory import Trajectory
-from spacetime_edit.host.attention_regions import regions_from_attention
 from spacetime_edit.host.inflation import inflate_attention
 from spacetime_edit.host.inversion import invert
+from spacetime_edit.host.region_finding import regions_from_attention
 from spacetime_edit.host.region_patch import RegionModulation, patch_regions
 from spacetime_edit.host.region_prompt import encode_regional_prompt
 from spacetime_edit.host.sampling import TrajectorySampler

@@ -87,7 +87,7 @@ from spacetime_edit.benchmarks._verdicts import (
     SEQUENCE_SWAP,
     TWO,
 )
-from spacetime_edit.core.guidance import StepRule
+from spacetime_edit.core.step_rules import StepRule
 from spacetime_edit.tools.shape_world import world
 
 PLAIN_STRENGTH = 1.0

@@ -32,12 +32,13 @@ from pack import ROOT, load_pack
 load_pack()
 
 import comfy.samplers
-from spacetime_edit.core.propagation import region_weight, relevant_region
+from spacetime_edit.core.cross_frame_relevance import region_weight, relevant_region
 from spacetime_edit.core.relevance import AttentionFeatures, neighbours, str_score
 from spacetime_edit.host import relevance_preview as preview
 from spacetime_edit.host.features import FeatureRecorder
 from spacetime_edit.host.inversion import invert
 from spacetime_edit.host.loaders import unet3d
+from spacetime_edit.host.model_pass import call_on_trajectory
 from spacetime_edit.tools.shape_world.clips import Clip, read_clips
 
 PREVIEW, BACKGROUND, RANDOM, PLACE = (
@@ -105,7 +106,7 @@ class Inverted:
         prompt = text.encode_from_tokens_scheduled(text.tokenize(clip.caption))
         self.trajectory = invert(model, prompt, vae.encode(self.images), sigmas)
         recorder = FeatureRecorder(frozenset(FINEST))
-        preview.show_to(recorder, self.trajectory, settings.percent)
+        call_on_trajectory(recorder, self.trajectory, settings.percent, frozenset({"spatial"}))
         self.features = list(recorder.features.values())
 
     def relevance(self, method: str, click: Click, generator: torch.Generator) -> Tensor:

@@ -56,8 +56,23 @@ def frame_difference(target: Tensor, source: Tensor, signal: Tensor, dim: int) -
 
 
 @dataclass(frozen=True)
-class Look:
-    """What the model says of both noised latents: guided predictions of x0, and losses of regularisers by name.
+class Question:
+    """What a step asks the model: step number from 0, normalised time t, sigma (scalar), and both latents noised alike.
+
+    scales: of the regularisers, the sum of whose gradients is wanted; None: each gradient is wanted by itself.
+    """
+
+    step: int
+    t: float
+    sigma: Tensor
+    target: Tensor
+    source: Tensor
+    scales: Mapping[str, float] | None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model says: guided predictions of x0, and losses of regularisers by name.
 
     denoised_source None: plain score distillation (SDS). Gradients are with respect to the noised target: slopes, of
     each loss, or pull, of the sum of the losses, each times the scale that was asked for.
@@ -70,70 +85,67 @@ class Look:
     pull: Tensor | None = None
 
 
-@dataclass(frozen=True)
-class Progress:
-    """One step done: its number from 0, the normalised time t and sigma it looked at, the latent after it, the guided
-    prediction of x0, and losses by name ("score": mean square of the score's gradient)."""
+class DeltaDenoising:
+    """Optimises a latent, which begins as `source` (any shape): asks for a step's predictions, is told, and moves it.
 
-    step: int
-    t: float
-    sigma: Tensor
-    latent: Tensor
-    denoised: Tensor
-    losses: dict[str, float]
-
-
-def distill(
-    source: Tensor,
-    look: Callable[[Tensor, Tensor, Tensor, Mapping[str, float] | None], Look],
-    sigma_of: Callable[[float], Tensor],
-    space: NoiseSpace,
-    *,
-    generator: torch.Generator,
-    steps: int = 200,
-    step_size: float = 0.4,
-    t_range: tuple[float, float] = (0.05, 0.95),
-    mask: Tensor | None = None,
-    mask_all: bool = False,
-    weights: Mapping[str, float] | None = None,
-    balanced: bool = True,
-    callback: Callable[[Progress], None] = lambda progress: None,
-) -> Tensor:
-    """The optimised latent, which begins as `source` (any shape).
-
-    Each step draws t uniformly from `t_range` (1 = pure noise, 0 = clean) and one noise, on the CPU from
-    `generator`, so that a seed gives one result on every device. look(target_t, source_t, sigma, scales): see
-    `Look`; scales None: slopes are wanted, else pull. sigma_of(t): the noise level. mask: 1 = edit, broadcasts to
-    the latent; it filters the score's gradient only, as in the paper, or, with mask_all, all gradients. weights: of
-    the regularisers by name; balanced: each is scaled so that the RMS of its gradient inside the mask, where it has
-    been largest so far, is that share of the score's, averaged over some 20 steps; else they multiply the
-    gradients. Plain gradient descent. ValueError, naming step and term, where a gradient is not finite.
+    A step draws t uniformly from `t_range` (1 = pure noise, 0 = clean) and one noise, on the CPU from `generator`, so
+    that a seed gives one result on every device. mask: 1 = edit, broadcasts to the latent; it filters the score's
+    gradient only, as in the paper, or, with mask_all, all gradients. weights: of the regularisers by name; balanced:
+    each is scaled so that the RMS of its gradient inside the mask, where it has been largest so far, is that share of
+    the score's, averaged over some 20 steps; else they multiply the gradients. Plain gradient descent.
     """
-    target, balance = source.clone(), _Balance(dict(weights or {}), balanced)
-    for step in range(steps):
-        low, high = t_range
-        t = low + (high - low) * float(torch.rand((), generator=generator, dtype=torch.float64))
+
+    def __init__(
+        self,
+        source: Tensor,
+        space: NoiseSpace,
+        *,
+        generator: torch.Generator,
+        step_size: float = 0.4,
+        t_range: tuple[float, float] = (0.05, 0.95),
+        mask: Tensor | None = None,
+        mask_all: bool = False,
+        weights: Mapping[str, float] | None = None,
+        balanced: bool = True,
+    ):
+        self.latent = source.clone()
+        self._source, self._space, self._generator = source, space, generator
+        self._step_size, self._t_range = step_size, t_range
+        self._mask, self._mask_all = mask, mask_all
+        self._balance = _Balance(dict(weights or {}), balanced)
+        self._steps = 0
+
+    def ask(self, sigma_of: Callable[[float], Tensor]) -> Question:
+        """What the next step asks; sigma_of(t): the noise level."""
+        (low, high), source, step = self._t_range, self._source, self._steps
+        t = low + (high - low) * float(torch.rand((), generator=self._generator, dtype=torch.float64))
         sigma = sigma_of(t).to(source)
-        noise = torch.randn(source.shape, generator=generator).to(source)
-        scales = None if balance.due(step) else balance.scales
-        noised = add_noise(target, noise, sigma, space), add_noise(source, noise, sigma, space)
-        seen = look(*noised, sigma, scales)
-        gradient = delta_denoising_gradient(target, source, seen.denoised, seen.denoised_source, sigma, space)
+        noise = torch.randn(source.shape, generator=self._generator).to(source)
+        target, source = (add_noise(x, noise, sigma, self._space) for x in (self.latent, source))
+        self._steps += 1
+        return Question(step, t, sigma, target, source, None if self._balance.due(step) else self._balance.scales)
+
+    def tell(self, question: Question, answer: Answer) -> dict[str, float]:
+        """Moves the latent; the losses by name ("score": mean square of the score's gradient).
+
+        ValueError, naming step and term, where a gradient is not finite.
+        """
+        sigma, mask, balance = question.sigma, self._mask, self._balance
+        predictions = answer.denoised, answer.denoised_source
+        gradient = delta_denoising_gradient(self.latent, self._source, *predictions, sigma, self._space)
         if mask is not None:
             gradient = gradient * mask
-        of_all = mask if mask_all and mask is not None else 1
-        signal, _ = space.signal_and_noise(sigma)
-        slopes = {name: signal * slope * of_all for name, slope in seen.slopes.items()}
+        of_all = mask if self._mask_all and mask is not None else 1
+        signal, _ = self._space.signal_and_noise(sigma)
+        slopes = {name: signal * slope * of_all for name, slope in answer.slopes.items()}
         for name, slope in slopes.items():
             balance.measure(name, slope, gradient, mask)
         pulls = [balance.scales.get(name, 0.0) * slope for name, slope in slopes.items()]
-        pulls += [] if seen.pull is None else [signal * seen.pull * of_all]
+        pulls += [] if answer.pull is None else [signal * answer.pull * of_all]
         pulled = sum(pulls, torch.zeros_like(gradient))
-        _check_finite(step, sigma, {"score": gradient} | slopes | {"a regulariser": pulled})
-        losses = {"score": float(gradient.square().mean()), **seen.losses}
-        target = target - step_size * STEP_UNIT * (gradient + pulled)
-        callback(Progress(step, t, sigma, target, seen.denoised, losses))
-    return target
+        _check_finite(question.step, sigma, {"score": gradient} | slopes | {"a regulariser": pulled})
+        self.latent = self.latent - self._step_size * STEP_UNIT * (gradient + pulled)
+        return {"score": float(gradient.square().mean()), **answer.losses}
 
 
 def _check_finite(step: int, sigma: Tensor, terms: Mapping[str, Tensor]) -> None:

@@ -28,12 +28,11 @@ from .attention_scores import Scores
 
 log = logging.getLogger("spacetime_edit")
 
-Kind = Literal["self", "cross", "joint", "temporal"]
 Overlap = Literal["any", "product"]
 Attention = Callable[..., Tensor]
 """attention(query, key, value, scale=..., attn_mask=...) -> (B, H, N, D of value), as PyTorch's own."""
 
-XI = {"self": 0.3, "cross": 1.0, "joint": 0.3, "temporal": 0.3}
+XI, XI_OF_WORDS = 0.3, 1.0
 POWER = 5
 MAX_WIDTH = 256
 """Head dimension, extra channels included, up to which fused kernels work."""
@@ -45,13 +44,13 @@ TOGETHER = 2**23  # elements of query and key that are worked on at once, withou
 SMALL = 256  # rows below which some of them alone may be computed by another code path, with other rounding
 
 
-def modulation_strength(t: float, size: Tensor | float, kind: Kind = "self") -> Tensor:
-    """a in [0, 1]: xi(t) * size, with xi = 0.3 t^5 for self, temporal and joint attention and t^5 for cross attention.
+def modulation_strength(t: float, size: Tensor | float, *, to_words: bool = False) -> Tensor:
+    """a in [0, 1]: xi t^5 * size, with xi = 0.3, and 1 for attention to words alone.
 
     t: normalised time, 1 = noise, 0 = clean; size: 1 minus the share of the frame or clip that the query's region
     covers, clamped to [0, 1].
     """
-    return XI[kind] * t**POWER * torch.as_tensor(size).clamp(0, 1)
+    return (XI_OF_WORDS if to_words else XI) * t**POWER * torch.as_tensor(size).clamp(0, 1)
 
 
 def modulated_attention(

@@ -17,7 +17,7 @@ from ..core.frames import FrameMap
 from ..core.inflation import Inflation
 from ..core.parametrization import noise_fraction
 from .animatediff import window_of
-from .families import IN_SPACE, Ends, Family, Kind, Layer, patch_size
+from .families import IN_SPACE, AttentionKind, Ends, Family, Layer, patch_size
 
 SOURCE_RUN = "spacetime_edit_source"
 """Key in transformer_options of runs that see the source clip; region patches are inactive there."""
@@ -60,7 +60,7 @@ class ModelRun:
     time: FrameMap
     frames: tuple[int, ...]
     options: dict = field(repr=False)
-    kinds: frozenset[Kind] = frozenset()
+    kinds: frozenset[AttentionKind] = frozenset()
     patch: tuple[int, int, int] | None = None
     clip_at: Ends | None = None
     before: int = 0
@@ -89,7 +89,7 @@ class ModelRun:
 
 
 def describe_run(
-    family: Family, kinds: frozenset[Kind], base_model, x: Tensor, sigma: Tensor, options: dict, given: dict
+    family: Family, kinds: frozenset[AttentionKind], base_model, x: Tensor, sigma: Tensor, options: dict, given: dict
 ) -> ModelRun:
     """The record of a call of the host's `apply_model`; given: its further arguments.
 
@@ -148,7 +148,7 @@ class AttentionCall:
     uninflated: AttentionCall | None = field(default=None, repr=False)
 
     @property
-    def kind(self) -> Kind:
+    def kind(self) -> AttentionKind:
         return self.layer.kind
 
     @cached_property
@@ -351,7 +351,7 @@ OF_THE_CALL = ("heads", "mask", "scale", "skip_reshape", "skip_output_reshape", 
 """Keyword arguments of the host's attention that describe its tensors; the others pass through."""
 
 
-Asking = Literal["the model", "a part", "a look"]
+Asking = Literal["the model", "a patch", "a probe"]
 
 _asking: ContextVar[Asking] = ContextVar("asking", default="the model")
 
@@ -359,8 +359,8 @@ _asking: ContextVar[Asking] = ContextVar("asking", default="the model")
 def who_asks() -> Asking:
     """Whose the attention is that is asked for here: the model's own, or a listener's.
 
-    A part: of a call, or with more channels, by a patch that replaces the call; no other tap is asked. A look: what
-    the call would give, with the patches of other taps.
+    A patch: that replaces the call, and asks for a part of it, or with more channels; no other tap is asked. A probe:
+    what the call would give, with the patches of other taps.
     """
     return _asking.get()
 
@@ -373,7 +373,7 @@ def _attend(
     value: Tensor,
     scale: float,
     attn_mask: Tensor | None = None,
-    asking: Asking = "a part",
+    asking: Asking = "a patch",
 ) -> Tensor:
     """(B, H, N, D) by the host's attention. Without its 8-bit kernels: extra channels may be far larger than others."""
     passed = {name: value for name, value in kwargs.items() if name not in OF_THE_CALL}

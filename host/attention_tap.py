@@ -16,7 +16,7 @@ from torch.nn import Module
 
 from .animatediff import bridged
 from .attention_call import AttentionCall, ModelRun, describe_call, describe_run, who_asks
-from .families import Kind, Layer, attention_layers, family_of, layers_in
+from .families import AttentionKind, Layer, attention_layers, family_of, layers_in
 
 KEY = "spacetime_edit_tap"
 ONE_GPU = "model: editing runs on one GPU; remove the multi-GPU node from this model"
@@ -156,7 +156,7 @@ class AttentionTap:
         return bool(self._entered)
 
     @property
-    def heard_kinds(self) -> set[Kind]:
+    def heard_kinds(self) -> set[AttentionKind]:
         """Kinds of attention that came here in the last run."""
         return {self._layers[path].kind for path in self.heard}
 
@@ -201,7 +201,7 @@ class AttentionTap:
         return self._layers if network is self._network else layers_in(self._family, network)
 
     @property
-    def _kinds(self) -> frozenset[Kind]:
+    def _kinds(self) -> frozenset[AttentionKind]:
         return frozenset(layer.kind for layer in self._layers.values())
 
     def _hooked(self, layer: Layer, module: Module) -> Iterator:
@@ -233,7 +233,7 @@ class AttentionTap:
         layer, count = entered.layer, args[0].shape[2 if kwargs.get("skip_reshape") else 1]
         self.heard.add(layer.path)
         asking = who_asks()
-        if asking == "a part" or (asking == "the model" and layer.kind == "cross" and not entered.is_prompts(args[1])):
+        if asking == "a patch" or (asking == "the model" and layer.kind == "cross" and not entered.is_prompts(args[1])):
             return proceed(*args, **kwargs)
         tokens = entered.tokens if entered.tokens and entered.tokens >= count else None
         call = describe_call(layer, self._run, args, kwargs, proceed, tokens, entered.asked)

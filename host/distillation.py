@@ -16,7 +16,7 @@ import comfy.samplers
 import torch
 from torch import Tensor
 
-from ..core.distillation import Look, Progress, distill, frame_difference
+from ..core.distillation import Answer, DeltaDenoising, Question, frame_difference
 from ..core.relevance import matching_loss
 from ..core.self_similarity import spatial_self_similarity_loss, temporal_self_similarity_loss
 from .attention_call import ModelRun
@@ -24,7 +24,7 @@ from .attention_tap import ONE_GPU, AttentionTap
 from .conditioning import check_picture
 from .families import IN_SPACE, Layer, family_of, noise_space
 from .features import FeatureRecorder, KeyRecorder, Recorders
-from .gradient_pass import Asked, GradientPass, Gradients
+from .gradient_pass import GradientPass, Gradients, ModelCall
 from .gradients import normal_tensor
 from .latents import check_clip_latent, frame_count, grid_mask_of, mask_like
 from .memory import small_tile
@@ -56,7 +56,7 @@ PREVIEW_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class Distillation:
-    """Settings of one run. weights: of the regularisers by name, 0 = none; the rest as in `core.distillation.distill`.
+    """Settings of one run. weights: of the regularisers by name, 0 = none; the rest as in `DeltaDenoising`.
 
     blocks: names of those whose keys are compared. branch: the prompt whose pass gives the keys. delta: against the
     source's prediction, else plain score distillation. low_memory: keep no activations. mask_all: outside the mask
@@ -99,49 +99,36 @@ class DistillationSampler(comfy.samplers.Sampler):
         self.curve: list[tuple[float, dict[str, float]]] = []
 
     def sample(
-        self,
-        model_wrap,
-        sigmas,
-        extra_args,
-        callback,
-        noise,
-        latent_image=None,
-        denoise_mask=None,
-        disable_pbar=False,
+        self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False
     ):
         sampling, settings = model_wrap.inner_model.model_sampling, self.settings
         check_prompts(model_wrap, settings.t_range, tuple(latent_image.shape[2:]))
         tell_layouts_without_patch(model_wrap.model_patcher, model_wrap.conds)
-        looks = _Passes(settings, model_wrap, extra_args["model_options"], self.say)
-        self.curve, shown = [], time.monotonic()
-
-        def tell(progress: Progress) -> None:
-            nonlocal shown
-            self.curve.append((progress.t, progress.losses))
-            if callback is not None and (
-                time.monotonic() - shown > PREVIEW_SECONDS or progress.step + 1 == settings.steps
-            ):
-                shown = time.monotonic()
-                callback(progress.step, progress.latent, progress.latent, settings.steps)
-
-        return distill(
+        asked = _Predictor(settings, model_wrap, extra_args["model_options"], self.say)
+        optimiser = DeltaDenoising(
             latent_image,
-            looks,
-            lambda t: torch.as_tensor(sampling.percent_to_sigma(1 - t)),
             noise_space(model_wrap.model_patcher),
             generator=torch.Generator().manual_seed(self.seed),
-            steps=settings.steps,
             step_size=settings.step_size,
             t_range=settings.t_range,
             mask=None if self.mask is None else mask_like(self.mask, latent_image),
             mask_all=settings.mask_all,
             weights=settings.weights,
             balanced=settings.balanced,
-            callback=tell,
         )
+        self.curve, shown = [], time.monotonic()
+        for step in range(settings.steps):
+            question = optimiser.ask(lambda t: torch.as_tensor(sampling.percent_to_sigma(1 - t)))
+            losses = optimiser.tell(question, asked(question))
+            self.curve.append((question.t, losses))
+            due = time.monotonic() - shown > PREVIEW_SECONDS or step + 1 == settings.steps
+            if callback is not None and due:
+                shown = time.monotonic()
+                callback(step, optimiser.latent, optimiser.latent, settings.steps)
+        return optimiser.latent
 
 
-class _Seen(NamedTuple):
+class _OfWindow(NamedTuple):
     """What the model says of one window: predictions of target and source by branch, and gradients."""
 
     target: dict[str, Tensor]
@@ -157,8 +144,8 @@ PLACES = {"text": 0, "negative": 1}
 """Of the prompts among those of a host's call, by which other packs know them."""
 
 
-class _Passes:
-    """What the model says of the noised latents of a step; of long clips in context windows, window by window."""
+class _Predictor:
+    """Answers the questions of a run; of long clips in context windows, window by window."""
 
     def __init__(self, settings: Distillation, guider, model_options: dict, say: NodeText = LOG):
         self._settings, self._guider, self._given = settings, guider, model_options
@@ -168,13 +155,14 @@ class _Passes:
         self._of_model = [name for name in self._active if name != MOTION]
         self._take = GradientPass("Video DDS", KNOBS, settings.low_memory)
 
-    def __call__(self, target: Tensor, source: Tensor, sigma: Tensor, scales: Mapping[str, float] | None) -> Look:
-        """See `core.distillation.distill`; of the model's regularisers each gradient is a backward pass."""
-        self._options, base = at_step(self._given, sigma, self._step), self._guider.inner_model
-        self._step += 1
+    def __call__(self, question: Question) -> Answer:
+        """Of the model's regularisers each gradient is a backward pass."""
+        target, source, sigma, scales = question.target, question.source, question.sigma, question.scales
+        self._options, base = at_step(self._given, sigma, question.step), self._guider.inner_model
+        self._step = question.step + 1
         begin_hooks(base, [cond for conds in self._guider.conds.values() for cond in conds], sigma)
 
-        def of_window(window: Window) -> _Seen:
+        def of_window(window: Window) -> _OfWindow:
             comfy.model_management.throw_exception_if_processing_interrupted()
             of_source, held = {}, None
             if self._settings.delta or self._of_model:
@@ -183,7 +171,7 @@ class _Passes:
             own = {name: window.own_frames(gradient) for name, gradient in found.gradients.items()}
             total = None if found.total is None else window.own_frames(found.total)
             of_source = of_source if self._settings.delta else {}
-            return _Seen(of_target, of_source, Gradients(found.losses, own, total))
+            return _OfWindow(of_target, of_source, Gradients(found.losses, own, total))
 
         conds, sides = self._guider.conds, 2 if self._settings.delta else 1
         seen = by_window(target, sigma, base, self._options, conds, 2 * sides + max(1, len(self._of_model)), of_window)
@@ -198,7 +186,7 @@ class _Passes:
                 pull = scales[MOTION] * slope + (0 if pull is None else pull)
         denoised = self._guided(seen.target, "positive", target, sigma)
         of_source = self._guided(seen.source, SOURCE_POSITIVE, source, sigma) if self._settings.delta else None
-        return Look(denoised, of_source, losses, slopes, pull)
+        return Answer(denoised, of_source, losses, slopes, pull)
 
     def _recorders(self) -> tuple[KeyRecorder, FeatureRecorder | None, Recorders]:
         keys = KeyRecorder(self._settings.blocks)
@@ -241,7 +229,7 @@ class _Passes:
         keys, features, recorder = self._recorders()
         cond, options = window.leading_cond(prompts[branch], sigma, x), window.options(self._options)
         base, patcher = self._guider.inner_model, self._guider.model_patcher
-        asked = Asked(base, patcher, cond, sigma, options, self._step, PLACES[branch])
+        asked = ModelCall(base, patcher, cond, sigma, options, self._step, PLACES[branch])
         found = self._take(asked, x, recorder, partial(self._losses, held, keys, features), scales)
         return seen | ({branch: found.denoised} if alone else {}), found
 

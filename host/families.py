@@ -18,12 +18,12 @@ from torch.nn import Module
 from ..core.frames import FramePattern
 from ..core.parametrization import NoiseSpace
 
-Kind = Literal["spatial", "cross", "temporal", "joint", "spacetime"]
+AttentionKind = Literal["spatial", "cross", "temporal", "joint", "spacetime"]
 """Of a U-Net, whose batch rows are frames, joint: queries of one frame's tokens, keys of the prompt's tokens followed
 by the frame's own. Of a transformer, whose rows are clips, joint: queries and keys of the prompt's tokens and the
 clip's; spacetime: of the clip's alone."""
 
-IN_SPACE: tuple[Kind, ...] = ("spatial", "joint", "spacetime")
+IN_SPACE: tuple[AttentionKind, ...] = ("spatial", "joint", "spacetime")
 """Kinds in which the tokens of a frame see one another."""
 
 Ends = Literal["first", "last"]
@@ -45,7 +45,7 @@ class Family:
     name: str
     base_model: tuple[str, ...]
     diffusion_model: str
-    attention: tuple[tuple[Kind, str], ...]
+    attention: tuple[tuple[AttentionKind, str], ...]
     blocks: str
     norms: str = NEVER
     mutates: bool = False
@@ -281,7 +281,7 @@ class Layer:
     """One attention module: its path in the diffusion model, its kind, and the block (d0, m0, u3) it sits in."""
 
     path: str
-    kind: Kind
+    kind: AttentionKind
     block: str
 
 
@@ -303,12 +303,12 @@ def patch_size(network: Module) -> tuple[int, int, int]:
     return getattr(network, "patch_size_t", None) or getattr(network, "patch_temporal", 1), size, size
 
 
-def space_kinds(model) -> tuple[Kind, ...]:
+def space_kinds(model) -> tuple[AttentionKind, ...]:
     """Kinds of attention of a ModelPatcher in which the tokens of a frame see one another, prompt apart in U-Nets."""
     return IN_SPACE if family_of(model).patched is not None else ("spatial",)
 
 
-def text_kinds(model) -> tuple[Kind, ...]:
+def text_kinds(model) -> tuple[AttentionKind, ...]:
     """Kinds of attention of a ModelPatcher in which the clip sees the prompt's tokens, and they have places."""
     return ("cross", "joint") if family_of(model).patched is not None else ("cross",)
 

@@ -26,7 +26,7 @@ HALF_PRECISION_SCALE = 2.0**14
 SUM = "sum"
 
 
-class Asked(NamedTuple):
+class ModelCall(NamedTuple):
     """Which model call: the host's BaseModel and its ModelPatcher, one processed conditioning, sigma (scalar), the
     options of a run on the frames of the latent, the number of the step, from 1, for errors, and the place of the
     prompt, see `call_model`."""
@@ -77,7 +77,7 @@ class GradientPass:
 
     def __call__(
         self,
-        asked: Asked,
+        asked: ModelCall,
         x: Tensor,
         recorder,
         losses: Callable[[], dict[str, Tensor]],
@@ -118,7 +118,7 @@ class GradientPass:
         total = None if weights is None else largest * gradients.pop(SUM)
         return Gradients(values, gradients, total, None if denoised is None else denoised.detach())
 
-    def _check(self, gradients: Mapping[str, Tensor], asked: Asked, recorder) -> None:
+    def _check(self, gradients: Mapping[str, Tensor], asked: ModelCall, recorder) -> None:
         for name, gradient in gradients.items():
             if torch.isfinite(gradient).all():
                 continue

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from .attention_tap import AttentionTap
-from .families import Kind
+from .families import AttentionKind
 from .model_pass import call_model
 
 FUSED_KERNELS = (
@@ -58,7 +58,7 @@ def prediction_with_graph(
     *,
     model_options: dict,
     tap: AttentionTap | None = None,
-    needs: frozenset[Kind] = frozenset(),
+    needs: frozenset[AttentionKind] = frozenset(),
     mutates: bool = False,
     place: int = 0,
 ) -> Iterator[tuple[Tensor, Tensor | None]]:

@@ -32,15 +32,7 @@ class InversionSampler(comfy.samplers.Sampler):
         self.latents: list[Tensor] = []
 
     def sample(
-        self,
-        model_wrap,
-        sigmas,
-        extra_args,
-        callback,
-        noise,
-        latent_image=None,
-        denoise_mask=None,
-        disable_pbar=False,
+        self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False
     ):
         everything = [cond for conds in model_wrap.conds.values() for cond in conds]
 

@@ -24,7 +24,7 @@ from ..core.trajectory import Trajectory
 from .animatediff import window_length
 from .attention_call import RETAINED, SOURCE_RUN, shown_frames
 from .attention_tap import ONE_GPU, AttentionTap, Listener, until_enough_seen
-from .families import Kind
+from .families import AttentionKind
 from .latents import frame_count
 from .step_caches import uncached, without_caches
 
@@ -207,7 +207,7 @@ def call_model(
     model_options: dict,
     *,
     tap: AttentionTap | None = None,
-    needs: frozenset[Kind] = frozenset(),
+    needs: frozenset[AttentionKind] = frozenset(),
     source: bool = False,
     place: int = 0,
 ) -> Tensor | None:
@@ -265,7 +265,7 @@ class _Once:
             )
         return executor(x, *args, **kwargs)
 
-    def check(self, tap: AttentionTap, needs: frozenset[Kind]) -> None:
+    def check(self, tap: AttentionTap, needs: frozenset[AttentionKind]) -> None:
         if self._calls != 1 or not tap.entered:
             raise ValueError(
                 "model: its network did not run, since a node of another pack answers in its place (a step cache such "
@@ -329,11 +329,11 @@ def nearest_step(trajectory: Trajectory, percent: float) -> int:
     return away.index(min(away))
 
 
-def show_to(
+def call_on_trajectory(
     listener: Listener,
     trajectory: Trajectory,
     percent: float,
-    needs: frozenset[Kind],
+    needs: frozenset[AttentionKind],
     *,
     model=None,
     positive: list | None = None,
@@ -357,19 +357,11 @@ def show_to(
 class _OneCall(comfy.samplers.Sampler):
     """Calls the model once on a latent; samples nothing."""
 
-    def __init__(self, latent: Tensor, tap: AttentionTap, needs: frozenset[Kind], whose: str, source: bool):
+    def __init__(self, latent: Tensor, tap: AttentionTap, needs: frozenset[AttentionKind], whose: str, source: bool):
         self._latent, self._tap, self._needs, self._whose, self._source = latent, tap, needs, whose, source
 
     def sample(
-        self,
-        model_wrap,
-        sigmas,
-        extra_args,
-        callback,
-        noise,
-        latent_image=None,
-        denoise_mask=None,
-        disable_pbar=False,
+        self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False
     ):
         x, options = self._latent.to(noise), extra_args["model_options"]
         cond = leading_cond(model_wrap.conds["positive"], sigmas[0], self._whose, tuple(x.shape[2:]))

@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 from ..core.region_attention import modulated_attention, modulation_strength
 from .attention_call import AttentionCall, ModelRun
 from .attention_tap import AttentionTap, running_taps
-from .families import Kind, Layer, attention_layers, family_of
+from .families import AttentionKind, Layer, attention_layers, family_of
 from .node_text import LOG, NodeText
 from .region_prompt import LAYOUT
 from .regional_prompts import (
@@ -97,7 +97,7 @@ class RegionModulation:
         """Whether it never changes anything."""
         return not any(map(self._factor, ("spatial", "cross", "temporal")))
 
-    def _factor(self, kind: Kind) -> float:
+    def _factor(self, kind: AttentionKind) -> float:
         return {
             "spatial": self.self_strength,
             "spacetime": self.self_strength,
@@ -190,7 +190,7 @@ class RegionModulation:
         """Rows are frames, or of an inflated model several: (B, N, K) for queries, (B, M, K) for keys."""
         tokens, size = _stacked(call, prompts, "of_clip")
         chunks, of_queries, of_keys = *rows_of(call), rows_of(call, keys=True)[1]
-        strength = modulation_strength(1 - call.percent, _at(size, chunks, of_queries), "self")
+        strength = modulation_strength(1 - call.percent, _at(size, chunks, of_queries))
         strength = strength * _active(call, prompts)[chunks][:, None]
         found = _Arguments(_at(tokens, chunks, of_queries), _at(tokens, chunks, of_keys), strength)
         return found.among(call) if call.kind == "spacetime" else found
@@ -200,7 +200,7 @@ class RegionModulation:
         tokens, size = _stacked(call, prompts, "of_frame")
         chunks, frames = rows_of(call)
         text = _text(call, prompts, call.key.shape[2])
-        strength = modulation_strength(1 - call.percent, _at(size, chunks, frames), "cross")
+        strength = modulation_strength(1 - call.percent, _at(size, chunks, frames), to_words=True)
         strength = strength * _active(call, prompts)[chunks][:, None]
         of_query = _at(tokens, chunks, frames)[..., : text.shape[2]]
         if call.run.patch is not None:  # tokens of a reference picture see the prompt as without regions
@@ -218,7 +218,7 @@ class RegionModulation:
         clip, size = tokens.flatten(1, 2), size.flatten(1)
         text = _text(call, prompts, call.key.shape[2] - clip.shape[1])
         text = pad(text, (0, clip.shape[2] - text.shape[2]))
-        strength = modulation_strength(1 - call.percent, size, "joint") * _active(call, prompts)[:, None]
+        strength = modulation_strength(1 - call.percent, size) * _active(call, prompts)[:, None]
         parts = [(text, strength.new_zeros(text.shape[:2])), (clip, strength)]
         if call.run.clip_at == "first":
             parts.reverse()
@@ -228,7 +228,7 @@ class RegionModulation:
     def _of_time(self, call: AttentionCall, prompts: Sequence[_Prompt | None]) -> _Arguments:
         """Rows are places, tokens frames: a place may change its region as objects move."""
         tokens, size = _stacked(call, prompts, "of_clip")
-        strength = modulation_strength(1 - call.percent, size, "temporal") * _active(call, prompts)[:, None, None]
+        strength = modulation_strength(1 - call.percent, size) * _active(call, prompts)[:, None, None]
         tokens, strength = (t.transpose(1, 2).flatten(0, 1) for t in (tokens, strength))  # (P N, f, K), (P N, f)
         return _Arguments(tokens, tokens, strength)
 

@@ -9,15 +9,15 @@ import comfy.model_management as management
 import torch
 from torch import Tensor
 
-from ..core.guidance import StepRule, descend
 from ..core.masks import redraw_inside, to_latent_grid
 from ..core.relevance import AttentionFeatures, Paths, matching_loss
+from ..core.step_rules import Descent, StepRule
 from ..core.trajectory import Trajectory
 from .attention_call import ModelRun
 from .attention_tap import AttentionTap, Listener
 from .families import IN_SPACE, Family, Layer, attention_layers, family_of, parse_blocks, select_blocks
 from .features import FeatureRecorder
-from .gradient_pass import Asked, GradientPass
+from .gradient_pass import GradientPass, ModelCall
 from .gradients import normal_tensor
 from .inflation import inflation_of
 from .latents import mask_like
@@ -172,21 +172,13 @@ class RelevanceMatching:
         if self.strength == 0 or not self.start <= step.percent <= self.end:
             return x
         run = step.run.memo.setdefault(self, _MatchingRun(self))
+        strength = self.strength * STEPS_OF_LAMBDA / self.score.trajectory.schedule_steps
+        descent = Descent(strength=strength, scale=step.space.latent_scale(step.sigma), rule=self.rule)
         cosines = []
-
-        def gradient(x: Tensor) -> tuple[Tensor, Tensor]:
-            loss, slope = run.gradient(x, step)
+        for _ in range(self.iterations):
+            loss, gradient = run.gradient(x, step)
+            x = descent.step(x, loss, gradient)
             cosines.append(-loss)
-            return torch.tensor(loss, dtype=torch.float64), slope
-
-        x = descend(
-            x,
-            gradient,
-            strength=self.strength * STEPS_OF_LAMBDA / self.score.trajectory.schedule_steps,
-            scale=step.space.latent_scale(step.sigma),
-            rule=self.rule,
-            iterations=self.iterations,
-        )
         report = MatchedStep(step.percent, tuple(cosines), run.take.memory, run.take.low_memory)
         step.run.records.append(report)
         return x
@@ -241,7 +233,7 @@ class _MatchingRun:
             source, recorder = self._source(window, step), FeatureRecorder(self._score.blocks, self._last_layer)
             cond, options = window.leading_cond(TARGET, step.sigma, x), window.options(step.run.model_options)
             patcher = step.run.guider.model_patcher
-            asked = Asked(step.run.base_model, patcher, cond, step.sigma, options, step.index + 1)
+            asked = ModelCall(step.run.base_model, patcher, cond, step.sigma, options, step.index + 1)
             made = self.take(asked, window.of(x), recorder, partial(self._losses, source, recorder))
             slope = window.own_frames(made.gradients[LOSS])
             if self._matching.task in NEW_CONTENT:  # what still reaches the inside comes by the receptive field

@@ -7,13 +7,13 @@ from matplotlib import colormaps
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from ..core.cross_frame_relevance import cross_frame_relevance, point_region, region_weight
 from ..core.masks import as_frames
-from ..core.propagation import cross_frame_relevance, point_region, region_weight
 from ..core.trajectory import Trajectory
 from .attention_call import AttentionCall
-from .families import Kind, attention_layers, select_blocks, space_kinds
+from .families import AttentionKind, attention_layers, select_blocks, space_kinds
 from .latents import frame_count, time_of
-from .model_pass import HANDLER, show_to
+from .model_pass import HANDLER, call_on_trajectory
 
 LUMINANCE = torch.tensor([0.299, 0.587, 0.114])
 """Weights of red, green and blue in the brightness of a picture (ITU-R BT.601)."""
@@ -38,7 +38,7 @@ def relevance_of(
     model = trajectory.model
     shown = time_of(trajectory.clean, model).tokens_of_clip(frames or frame_count(trajectory.clean))
     recorder = RelevanceRecorder(region, shown[frame], chosen_blocks(layers, model), space_kinds(model))
-    show_to(recorder, trajectory, percent, frozenset(recorder.kinds))
+    call_on_trajectory(recorder, trajectory, percent, frozenset(recorder.kinds))
     return recorder.relevance[shown]
 
 
@@ -110,7 +110,7 @@ class RelevanceRecorder:
     region: Tensor
     frame: int
     blocks: frozenset[str] | None
-    kinds: tuple[Kind, ...] = ("spatial",)
+    kinds: tuple[AttentionKind, ...] = ("spatial",)
     layers: list[str] = field(default_factory=list)
     total: Tensor | float = 0.0
 

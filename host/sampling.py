@@ -190,15 +190,7 @@ class TrajectorySampler(comfy.samplers.Sampler):
         return None
 
     def sample(
-        self,
-        model_wrap,
-        sigmas,
-        extra_args,
-        callback,
-        noise,
-        latent_image=None,
-        denoise_mask=None,
-        disable_pbar=False,
+        self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False
     ):
         sampling = model_wrap.inner_model.model_sampling
         if sigmas[-1] > 0 and not torch.isclose(sigmas[-1].cpu(), self.trajectory.sigmas[-1].cpu()):

@@ -11,9 +11,9 @@ from ..core.frames import FrameMap
 from ..core.regions import MASKS
 from ..core.trajectory import Trajectory
 from .attention_call import AttentionCall
-from .families import Kind, attention_layers, select_blocks, text_kinds
+from .families import AttentionKind, attention_layers, select_blocks, text_kinds
 from .latents import frame_count, time_of
-from .model_pass import show_to
+from .model_pass import call_on_trajectory
 from .region_prompt import Layout, positions_in
 from .regional_prompts import placed_on
 
@@ -55,7 +55,7 @@ def token_attention(
     entry, placed = placed_on(positive, percent)
     places = tuple(placed.offset + place for place in positions_in(placed.layout, words))
     recorder = WordRecorder(places, placed.length, size, chosen, kinds)
-    show_to(recorder, trajectory, percent, frozenset(kinds), model=model, positive=[entry])
+    call_on_trajectory(recorder, trajectory, percent, frozenset(kinds), model=model, positive=[entry])
     return recorder.attention[shown]
 
 
@@ -71,7 +71,7 @@ class WordRecorder:
     length: int
     size: tuple[int, int]
     blocks: frozenset[str] | None
-    kinds: tuple[Kind, ...] = ("cross",)
+    kinds: tuple[AttentionKind, ...] = ("cross",)
     layers: int = 0
     total: Tensor | float = 0.0
 
@@ -97,7 +97,7 @@ class WordRecorder:
         share = torch.zeros_like(call.value)  # attention to what says 1 at the words and 0 elsewhere is their weight
         share[:, :, [first + place + turn for turn in range(0, keys, self.length) for place in self.places], 0] = 1
         masked = {} if call.mask is None else {"attn_mask": call.mask}
-        weight = call.attend(call.query, call.key, share, scale=call.scale, asking="a look", **masked)[..., 0].mean(1)
+        weight = call.attend(call.query, call.key, share, scale=call.scale, asking="a probe", **masked)[..., 0].mean(1)
         frames, height, width = call.grid
         tokens = height * width if call.run.patch is None else frames * height * width
         if call.run.patch is not None and weight.shape[1] > tokens:

@@ -116,7 +116,7 @@ class PreviewRelevance(io.ComfyNode):
 
     @classmethod
     def execute(cls, trajectory, images, x, y, frame, threshold, opacity, percent, layers, mask=None) -> io.NodeOutput:
-        from ..core.propagation import relevant_region
+        from ..core.cross_frame_relevance import relevant_region
         from ..host.relevance_preview import heat_map, query_region, relevance_of
 
         region = query_region(images, trajectory, x=x, y=y, frame=frame, mask=mask)

@@ -85,7 +85,7 @@ class RegionsFromAttention(io.ComfyNode):
         from comfy.utils import ProgressBar
 
         from ..core.regions import Region
-        from ..host.attention_regions import regions_from_attention
+        from ..host.region_finding import regions_from_attention
         from ..host.relevance_preview import check_images
         from .region_overlay import numbered, overlay
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from spacetime_edit.core.distillation import STEP_UNIT, Look, delta_denoising_gradient, distill
+from spacetime_edit.core.distillation import STEP_UNIT, Answer, DeltaDenoising, delta_denoising_gradient
 from spacetime_edit.core.parametrization import NoiseSpace, add_noise, predicted_noise
 
 SHAPE = (4, 2, 3, 3)
@@ -38,18 +38,27 @@ class Painter:
         self.target, self.source, self.pull = target, source, pull
         self.seen, self.asked = [], []
 
-    def __call__(self, target_t, source_t, sigma, scales):
-        self.seen.append((target_t, source_t, float(sigma)))
+    def __call__(self, question):
+        scales = question.scales
+        self.seen.append((question.target, question.source, float(question.sigma)))
         self.asked.append(scales)
         if self.pull is None:
-            return Look(self.target, self.source)
+            return Answer(self.target, self.source)
         if scales is None:
-            return Look(self.target, self.source, {"pull": 1.0}, {"pull": self.pull})
-        return Look(self.target, self.source, {"pull": 1.0}, pull=scales.get("pull", 0.0) * self.pull)
+            return Answer(self.target, self.source, {"pull": 1.0}, {"pull": self.pull})
+        return Answer(self.target, self.source, {"pull": 1.0}, pull=scales.get("pull", 0.0) * self.pull)
 
 
-def run(look, source, space=NoiseSpace.VE, seed=0, **options):
-    return distill(source, look, sigma_of, space, generator=torch.Generator().manual_seed(seed), **options)
+def run(answer, source, space=NoiseSpace.VE, seed=0, steps=200, told=None, **options):
+    """The latent after some steps; told: gets the losses of each."""
+    optimiser = DeltaDenoising(source, space, generator=torch.Generator().manual_seed(seed), **options)
+    for step in range(steps):
+        question = optimiser.ask(sigma_of)
+        assert question.step == step
+        losses = optimiser.tell(question, answer(question))
+        if told is not None:
+            told.append(losses)
+    return optimiser.latent
 
 
 @pytest.mark.parametrize("space", SPACES)
@@ -131,12 +140,11 @@ def test_fixed_weights_multiply():
     assert torch.equal(without, plain)
 
 
-def test_progress_is_told_after_every_step():
+def test_every_step_tells_its_losses():
     told = []
-    run(Painter(draw(1), draw(2), draw(5)), draw(0), steps=4, weights={"pull": 0.1}, callback=told.append)
-    assert [p.step for p in told] == [0, 1, 2, 3]
-    assert all(set(p.losses) == {"score", "pull"} and p.losses["score"] > 0 for p in told)
-    assert all(torch.equal(p.denoised, draw(1)) for p in told)
+    run(Painter(draw(1), draw(2), draw(5)), draw(0), steps=4, weights={"pull": 0.1}, told=told)
+    assert len(told) == 4
+    assert all(set(losses) == {"score", "pull"} and losses["score"] > 0 for losses in told)
 
 
 def test_each_gradient_is_looked_at_by_itself_at_first_and_every_fourth_step():
@@ -186,8 +194,8 @@ def test_what_is_not_finite_stops_the_run_and_is_named(term):
         if len(painter.seen) < 2:
             return seen
         if term == "score":
-            return Look(wrong, seen.denoised_source, seen.losses, seen.slopes)
-        return Look(seen.denoised, seen.denoised_source, seen.losses, {"pull": wrong})
+            return Answer(wrong, seen.denoised_source, seen.losses, seen.slopes)
+        return Answer(seen.denoised, seen.denoised_source, seen.losses, {"pull": wrong})
 
     with pytest.raises(ValueError, match=f"Video DDS: {term} is not finite at step 2"):
         run(at_the_second, source, steps=5, weights={"pull": 0.1})
@@ -195,6 +203,6 @@ def test_what_is_not_finite_stops_the_run_and_is_named(term):
 
 def test_a_sum_that_is_not_finite_stops_the_run_too():
     wrong = torch.full(SHAPE, float("nan"), dtype=torch.float64)
-    look = lambda *_: Look(draw(1), draw(2), {"pull": 1.0}, pull=wrong)  # noqa: E731
+    look = lambda *_: Answer(draw(1), draw(2), {"pull": 1.0}, pull=wrong)  # noqa: E731
     with pytest.raises(ValueError, match="Video DDS: a regulariser is not finite at step 1"):
         run(look, draw(0), steps=2, weights={"pull": 0.1}, balanced=False)

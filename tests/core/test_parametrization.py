@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from spacetime_edit.core.guidance import descend
 from spacetime_edit.core.parametrization import (
     NoiseSpace,
     add_noise,
@@ -11,6 +10,7 @@ from spacetime_edit.core.parametrization import (
     noise_fraction,
     predicted_noise,
 )
+from spacetime_edit.core.step_rules import Descent
 
 VE, RF, VP = NoiseSpace.VE, NoiseSpace.RF, NoiseSpace.VP
 LEVELS = torch.tensor([20.0, 8.0, 3.0, 1.2, 0.5, 0.2, 0.0], dtype=torch.float64)  # s / a, the same in every space
@@ -61,14 +61,16 @@ def similarity_gradient(space, sigma):
     return gradient
 
 
-def generate(start, space, **guidance):
+def generate(start, space, iterations=0, **options):
     """Latents in clean scale after every step, from `start` in clean scale."""
     sigmas = sigma_of(LEVELS.to(start), space)
     x = start * space.signal_and_noise(sigmas[0])[0]
     seen = []
     for now, then in zip(sigmas[:-1], sigmas[1:], strict=True):
-        if guidance:
-            x = descend(x, similarity_gradient(space, now), scale=space.latent_scale(now), **guidance)
+        if iterations:
+            descent = Descent(scale=space.latent_scale(now), **options)
+            for _ in range(iterations):
+                x = descent.step(x, *similarity_gradient(space, now)(x))
         x = ddim_step(x, denoiser(space)(x, now), now, then, space)
         seen.append(x / space.signal_and_noise(then)[0])
     return torch.stack(seen)
@@ -162,7 +164,7 @@ def test_the_last_step_gives_the_prediction_itself():
 
 GUIDANCE = {
     "plain sampling": {},
-    "normalised": dict(strength=0.05),
+    "normalised": dict(strength=0.05, iterations=1),
     "adam": dict(strength=0.03, rule="adam", iterations=3),
     "plain": dict(strength=0.3, rule="plain", iterations=2),
 }
@@ -171,7 +173,7 @@ GUIDANCE = {
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("guidance", GUIDANCE.values(), ids=GUIDANCE)
 def test_generation_is_the_same_in_every_space(guidance, dtype):
-    """One denoiser and one lambda, three ways to write the noisy latent (decision D3)."""
+    """One denoiser and one lambda, three ways to write the noisy latent."""
     limit = 1e-10 if dtype == torch.float64 else 1e-5
     reference = generate(points(20.0, dtype), VE, **guidance)
     for space in (RF, VP):

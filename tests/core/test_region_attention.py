@@ -224,12 +224,12 @@ def test_scores_stay_between_the_extrema_and_regions_draw_together():
 
 
 def test_strength_follows_the_schedule():
-    assert float(modulation_strength(0.98, 1.0, "self")) == pytest.approx(0.271, abs=5e-4)
-    assert float(modulation_strength(0.98, 1.0, "cross")) == pytest.approx(0.904, abs=5e-4)
-    assert float(modulation_strength(0.70, 1.0, "cross")) == pytest.approx(0.168, abs=5e-4)
+    assert float(modulation_strength(0.98, 1.0)) == pytest.approx(0.271, abs=5e-4)
+    assert float(modulation_strength(0.98, 1.0, to_words=True)) == pytest.approx(0.904, abs=5e-4)
+    assert float(modulation_strength(0.70, 1.0, to_words=True)) == pytest.approx(0.168, abs=5e-4)
     assert modulation_strength(0.0, 1.0) == 0
     size = torch.tensor([-1.0, 0.0, 0.4, 2.0])
-    torch.testing.assert_close(modulation_strength(1.0, size, "cross"), torch.tensor([0.0, 0.0, 0.4, 1.0]))
+    torch.testing.assert_close(modulation_strength(1.0, size, to_words=True), torch.tensor([0.0, 0.0, 0.4, 1.0]))
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,6 @@ from spacetime_edit.core.parametrization import noise_fraction
 from spacetime_edit.core.regions import Region
 from spacetime_edit.core.relevance import matching_loss
 from spacetime_edit.host import relevance_matching
-from spacetime_edit.host.attention_regions import regions_from_attention
 from spacetime_edit.host.attention_tap import AttentionTap
 from spacetime_edit.host.checkpointing import checkpointed
 from spacetime_edit.host.conditioning import PICTURE
@@ -34,7 +33,8 @@ from spacetime_edit.host.inflation import inflation_of
 from spacetime_edit.host.inversion import invert
 from spacetime_edit.host.latents import time_of
 from spacetime_edit.host.memory import ActivationMeter
-from spacetime_edit.host.model_pass import call_model, show_to
+from spacetime_edit.host.model_pass import call_model, call_on_trajectory
+from spacetime_edit.host.region_finding import regions_from_attention
 from spacetime_edit.host.region_patch import RegionModulation, patch_regions
 from spacetime_edit.host.region_prompt import LAYOUT, Layout, with_layout
 from spacetime_edit.host.relevance_matching import RelevanceMatching, str_score_of
@@ -770,7 +770,7 @@ def seen_clip(family, model):
 def calls_at_the_start(trajectory):
     """Of a pass over its noisiest latent."""
     calls = []
-    show_to(calls.append, trajectory, 0.0, frozenset({"spacetime", "joint"}))
+    call_on_trajectory(calls.append, trajectory, 0.0, frozenset({"spacetime", "joint"}))
     return calls
 
 
@@ -914,11 +914,12 @@ def test_matching_in_windows_blends_what_each_window_says(family, model, monkeyp
         trajectory = invert(model, family.conditioning(), 0.5 * clip, sigmas_of(model, 3))
         slopes = []
 
-        def spy(x, gradient, **_):
-            slopes.append(gradient(x))
-            return x
+        class Spy(relevance_matching.Descent):
+            def step(self, x, loss, gradient):
+                slopes.append((loss, gradient))
+                return x
 
-        patch.setattr(relevance_matching, "descend", spy)
+        patch.setattr(relevance_matching, "Descent", Spy)
 
         def first_slope(model, trajectory):
             guider = support.guider_of(model, family.conditioning(1))
@@ -941,7 +942,7 @@ def test_matching_in_windows_blends_what_each_window_says(family, model, monkeyp
             counts[frames] += weights
             losses.append(loss)
     torch.testing.assert_close(found[1], total / counts.view(shape), rtol=1e-4, atol=1e-7)
-    torch.testing.assert_close(found[0], torch.stack(losses).mean(), rtol=1e-6, atol=1e-9)
+    assert found[0] == pytest.approx(sum(losses) / len(losses), rel=1e-6, abs=1e-9)
 
 
 @anchors

@@ -135,7 +135,7 @@ def test_sd15_takes_regions_frame_by_frame(sd15, negative_tokens):
     assert support.relative(plain, wanted) > 1e-3
 
 
-# --- neutrality (decision D13) ------------------------------------------
+# --- neutrality -------------------------------------------------------
 
 NEUTRAL = {
     "strength 0": {"self_strength": 0.0, "cross_strength": 0.0},

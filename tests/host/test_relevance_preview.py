@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from spacetime_edit.core.propagation import cross_frame_relevance, region_weight
+from spacetime_edit.core.cross_frame_relevance import cross_frame_relevance, region_weight
 from spacetime_edit.host.inversion import invert
-from spacetime_edit.host.model_pass import nearest_step, show_to
+from spacetime_edit.host.model_pass import call_on_trajectory, nearest_step
 from spacetime_edit.host.relevance_preview import heat_map, query_region, relevance_of
 from spacetime_edit.tests.host import support
 
@@ -61,7 +61,7 @@ def by_hand(calls, region, blocks):
 @pytest.mark.parametrize(("layers", "blocks"), [("", {"d0", "u4", "u5"}), ("d1,m0", {"d1", "m0"})])
 def test_it_is_the_mean_over_the_chosen_layers_and_by_default_the_finest(trajectory, region, layers, blocks):
     calls = Calls()
-    show_to(calls, trajectory, 0.7, frozenset({"spatial"}))
+    call_on_trajectory(calls, trajectory, 0.7, frozenset({"spatial"}))
     found = relevance_of(region, POINT["frame"], trajectory, percent=0.7, layers=layers)
     assert found.shape == (FRAMES, *region.shape)
     torch.testing.assert_close(found, by_hand(calls.kept, region, blocks), rtol=1e-4, atol=1e-5)

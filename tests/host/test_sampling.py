@@ -11,6 +11,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from comfy_extras.nodes_custom_sampler import Guider_Basic, Guider_DualCFG, SplitSigmas
 from spacetime_edit.core.parametrization import NoiseSpace, noise_fraction
+from spacetime_edit.core.step_rules import Descent
 from spacetime_edit.host import relevance_matching
 from spacetime_edit.host.families import noise_space
 from spacetime_edit.host.inversion import InversionSampler, invert, reconstruct, reconstruction_db
@@ -243,21 +244,20 @@ def test_strength_0_is_plain_sampling(trajectory, source, edit):
 
 
 def test_every_matching_step_brings_the_scores_closer(trajectory, source, edit):
+    """Measured by a second step of matching at the same place, which is not taken."""
     plain, _ = run(trajectory, edit, cfg=3.0, negative=source)
-    losses = []
+    act, cosines = matching(trajectory, 0.003), []
 
-    def watched(x, gradient, **options):
-        moved = descend(x, gradient, **options)
-        losses.append((float(gradient(x)[0]), float(gradient(moved)[0])))
+    def watched(x, step):
+        moved = act(x, step)
+        act(moved, step)
+        before, after = (record.cosines[0] for record in step.run.records[-2:])
+        cosines.append((before, after))
         return moved
 
-    descend, relevance_matching.descend = relevance_matching.descend, watched
-    try:
-        matched, _ = str_edit(trajectory, edit, 0.003, cfg=3.0, negative=source)
-    finally:
-        relevance_matching.descend = descend
+    matched, _ = run(trajectory, edit, cfg=3.0, negative=source, before_step=[watched])
     assert torch.isfinite(matched).all() and support.relative(matched, plain) > 1e-3
-    assert len(losses) == STEPS and all(after < before for before, after in losses), losses
+    assert len(cosines) == STEPS and all(after > before for before, after in cosines), cosines
 
 
 def test_equal_prompts_leave_the_latent_in_place(tiny, clip, source):
@@ -289,20 +289,26 @@ def test_lambda_is_given_for_50_steps(trajectory, edit):
 
 @pytest.mark.parametrize("rule", ["normalised", "adam", "plain"])
 def test_step_rules_and_iterations_are_those_of_the_descent(trajectory, edit, rule, monkeypatch):
-    """`core.guidance.descend` gets them, a step for 50 steps, and the scale of the noise."""
-    seen, descend = [], relevance_matching.descend
+    """Against its own formula with the gradients that the model gave: a step for 50 steps, the scale of the noise."""
+    act, seen = matching(trajectory, LAMBDA, rule=rule, iterations=2), []
 
-    def watched(x, gradient, **options):
-        seen.append(options)
-        return descend(x, gradient, **options)
+    class Noting(relevance_matching.Descent):
+        def step(self, x, loss, gradient):
+            seen.append((float(loss), gradient))
+            return super().step(x, loss, gradient)
 
-    monkeypatch.setattr(relevance_matching, "descend", watched)
-    sigmas = trajectory.sigmas[-3:]
-    str_edit(trajectory, edit, sigmas=sigmas, matching_options=dict(rule=rule, iterations=2))
-    for options, sigma in zip(seen, sigmas[:-1], strict=True):
-        scale = float(options.pop("scale"))
-        assert scale == pytest.approx(float(1 + sigma**2) ** 0.5)
-        assert options == dict(rule=rule, iterations=2, strength=pytest.approx(LAMBDA * 50 / STEPS))
+    def watched(x, step):
+        seen.clear()
+        moved = act(x, step)
+        assert len(seen) == 2
+        expected, own = Descent(strength=LAMBDA * 50 / STEPS, scale=(1 + step.sigma**2) ** 0.5, rule=rule), x
+        for loss, gradient in seen:
+            own = expected.step(own, loss, gradient)
+        assert support.relative(moved, own) <= 1e-6 and not torch.equal(moved, x)
+        return moved
+
+    monkeypatch.setattr(relevance_matching, "Descent", Noting)  # the expected one is this file's own
+    run(trajectory, edit, sigmas=trajectory.sigmas[-3:], before_step=[watched])
 
 
 @pytest.mark.parametrize(

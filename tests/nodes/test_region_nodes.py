@@ -3,7 +3,7 @@
 import nodes
 import pytest
 import torch
-from spacetime_edit.host import attention_regions
+from spacetime_edit.host import region_finding
 from spacetime_edit.host.inflation import inflation_of
 from spacetime_edit.host.loaders.example_clips import clip_names, load_clip
 from spacetime_edit.host.region_prompt import LAYOUT
@@ -171,7 +171,7 @@ def number_of(clip, regions, mask):
 
 def test_a_clip_of_one_region_has_an_empty_mask(clip, inverted, monkeypatch):
     whole = torch.ones_like(clip.mask_1)
-    monkeypatch.setattr(attention_regions, "regions_from_attention", lambda *_, **__: [whole])
+    monkeypatch.setattr(region_finding, "regions_from_attention", lambda *_, **__: [whole])
     every, union, _ = found(clip, inverted)
     assert len(every) == 1 and torch.equal(union, torch.zeros_like(whole))
 

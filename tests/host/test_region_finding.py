@@ -3,11 +3,11 @@
 import pytest
 import torch
 from spacetime_edit.core.regions import Region
-from spacetime_edit.host.attention_regions import regions_from_attention
 from spacetime_edit.host.inversion import invert
 from spacetime_edit.host.latents import time_of
 from spacetime_edit.host.loaders.example_clips import clip_names, load_clip
-from spacetime_edit.host.model_pass import show_to
+from spacetime_edit.host.model_pass import call_on_trajectory
+from spacetime_edit.host.region_finding import regions_from_attention
 from spacetime_edit.host.region_patch import RegionModulation, patch_regions
 from spacetime_edit.host.region_prompt import LAYOUT, encode_regional_prompt, positions_in
 from spacetime_edit.host.token_attention import share_inside, token_attention
@@ -77,7 +77,7 @@ def test_attention_to_words_is_the_softmaxs_own(tiny, trajectory, edit):
     """Against the weights written out from the queries and keys of the same run."""
     found = token_attention(trajectory, edit, "blue triangle", (16, 16), percent=0.2, layers="d0,u5")
     calls = []
-    show_to(lambda call: calls.append(call), trajectory, 0.2, frozenset({"cross"}), positive=edit)
+    call_on_trajectory(lambda call: calls.append(call), trajectory, 0.2, frozenset({"cross"}), positive=edit)
     maps = []
     for call in calls:
         if call.kind == "cross" and call.layer.block in ("d0", "u5"):

@@ -11,9 +11,9 @@ from torch.nn.functional import interpolate
 from ..core.clustering import MAX_TOKENS, attention_profiles, cluster_layout, on_grid
 from ..core.trajectory import Trajectory
 from .attention_call import AttentionCall
-from .families import Kind, family_of, patch_size, space_kinds
+from .families import AttentionKind, family_of, patch_size, space_kinds
 from .latents import frame_count, time_of
-from .model_pass import nearest_step, show_to
+from .model_pass import call_on_trajectory, nearest_step
 from .relevance_preview import chosen_blocks
 
 PERCENTS = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -47,7 +47,7 @@ def regions_from_attention(
     steps = {nearest_step(trajectory, percent): percent for percent in PERCENTS}
     for done, percent in enumerate(steps.values()):
         comfy.model_management.throw_exception_if_processing_interrupted()
-        show_to(recorder, trajectory, percent, frozenset(recorder.kinds))
+        call_on_trajectory(recorder, trajectory, percent, frozenset(recorder.kinds))
         progress(done + 1, len(steps))
     generator = torch.Generator().manual_seed(seed)
     masks = cluster_layout(recorder.profiles, recorder.grid, clusters, generator, instances=instances)
@@ -66,7 +66,7 @@ class ProfileRecorder:
 
     size: tuple[int, int]
     blocks: frozenset[str] | None
-    kinds: tuple[Kind, ...] = ("spatial",)
+    kinds: tuple[AttentionKind, ...] = ("spatial",)
     layers: int = 0
     total: Tensor | float = 0.0
 

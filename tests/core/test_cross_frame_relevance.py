@@ -2,7 +2,12 @@
 
 import pytest
 import torch
-from spacetime_edit.core.propagation import cross_frame_relevance, point_region, region_weight, relevant_region
+from spacetime_edit.core.cross_frame_relevance import (
+    cross_frame_relevance,
+    point_region,
+    region_weight,
+    relevant_region,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 F, H, N, D = 3, 2, 6, 4

@@ -1,6 +1,5 @@
 """How a latent moves along a gradient: the step rules, in units of the latent's standard deviation."""
 
-from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -12,35 +11,32 @@ TOLERANCE = 1e-3
 """Distance 1 - cos below which steps shrink: at the optimum the gradient is rounding noise."""
 
 
-def descend(
-    x: Tensor,
-    gradient: Callable[[Tensor], tuple[Tensor, Tensor]],
-    *,
-    strength: float,
-    scale: Tensor,
-    rule: StepRule = "normalised",
-    iterations: int = 1,
-) -> Tensor:
-    """Moves x down a negative-cosine loss, `iterations` times.
+class Descent:
+    """Moves a latent down a negative-cosine loss, step by step.
 
-    gradient(x) returns (loss in [-1, 0], d loss / d x). strength: lambda, the step an element makes on average, in
-    standard deviations of the latent; scale: r(sigma), that standard deviation. Rules: "normalised" x - lambda r g /
-    RMS(g), "plain" x - lambda r^2 g (both one gradient step), "adam" Adam with rate lambda r and fresh state.
-    Each step is multiplied by min(1, (1 - cos) / 1e-3).
+    strength: lambda, the step an element makes on average, in standard deviations of the latent; scale: r(sigma), that
+    standard deviation. Rules: "normalised" x - lambda r g / RMS(g), "plain" x - lambda r^2 g, "adam" Adam with rate
+    lambda r, whose state begins here. Each step is multiplied by min(1, (1 - cos) / 1e-3).
     """
-    moments = (torch.zeros_like(x), torch.zeros_like(x))
-    for k in range(1, iterations + 1):
-        loss, g = gradient(x)
-        size = strength * float(scale) * min(1.0, float(1 + loss) / TOLERANCE)
-        if rule == "adam":
-            direction, moments = adam_direction(g, moments, k)
-        elif rule == "plain":
-            direction = g * float(scale)
+
+    def __init__(self, *, strength: float, scale: Tensor | float, rule: StepRule = "normalised"):
+        self._strength, self._scale, self._rule = strength, float(scale), rule
+        self._moments: tuple[Tensor, Tensor] | None = None
+        self._steps = 0
+
+    def step(self, x: Tensor, loss: float, gradient: Tensor) -> Tensor:
+        """x after a step; loss in [-1, 0] and d loss / d x at x."""
+        g, self._steps = gradient, self._steps + 1
+        size = self._strength * self._scale * min(1.0, (1 + loss) / TOLERANCE)
+        if self._rule == "adam":
+            moments = self._moments or (torch.zeros_like(x), torch.zeros_like(x))
+            direction, self._moments = adam_direction(g, moments, self._steps)
+        elif self._rule == "plain":
+            direction = g * self._scale
         else:
             g = g / g.abs().max().clamp_min(torch.finfo(g.dtype).tiny)  # squares of small numbers would be 0
             direction = g / g.square().mean().sqrt().clamp_min(torch.finfo(g.dtype).tiny)
-        x = x - size * direction
-    return x
+        return x - size * direction
 
 
 def adam_direction(

@@ -2,9 +2,18 @@
 
 import pytest
 import torch
-from spacetime_edit.core.guidance import descend
+from spacetime_edit.core.step_rules import Descent
 
 TARGET = torch.randn(6, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def descend(x, gradient, *, iterations=1, **options):
+    """Moves x along gradient(x) -> (loss, d loss / d x) so many times."""
+    descent = Descent(**options)
+    for _ in range(iterations):
+        loss, g = gradient(x)
+        x = descent.step(x, float(loss), g)
+    return x
 
 
 def cosine_gradient(x):
