@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io, ui
 
-from .types import show_on_node, valid, valid_window
+from .types import fraction, show_on_node, valid, valid_window
 
 
 class PredictCost(io.ComfyNode):
@@ -66,21 +66,15 @@ class PredictCost(io.ComfyNode):
                     advanced=True,
                     tooltip="As in STR Latent Optimizer.",
                 ),
-                io.Float.Input(
+                fraction(
                     "start_percent",
-                    default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
+                    0.0,
                     advanced=True,
                     tooltip="As in STR Latent Optimizer.",
                 ),
-                io.Float.Input(
+                fraction(
                     "end_percent",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
+                    1.0,
                     advanced=True,
                     tooltip="As in STR Latent Optimizer.",
                 ),

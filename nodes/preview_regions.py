@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io, ui
 
-from .types import REGIONS_TYPE, show_on_node
+from .types import REGIONS_TYPE, fraction, show_on_node
 
 
 class PreviewRegions(io.ComfyNode):
@@ -24,11 +24,9 @@ class PreviewRegions(io.ComfyNode):
                 REGIONS_TYPE.Input(
                     "regions", tooltip="From Region Prompt, Regions from Masks or Regions from Attention."
                 ),
-                io.Float.Input(
+                fraction(
                     "opacity",
-                    default=0.6,
-                    min=0.0,
-                    max=1.0,
+                    0.6,
                     step=0.05,
                     tooltip="How strongly the colours cover the clip.",
                 ),

@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io, ui
 
-from .types import TRAJECTORY_TYPE, valid
+from .types import fraction, inverted_clip_inputs, valid
 
 
 class PreviewRelevance(io.ComfyNode):
@@ -28,8 +28,7 @@ class PreviewRelevance(io.ComfyNode):
             ],
             is_output_node=True,
             inputs=[
-                TRAJECTORY_TYPE.Input("trajectory", tooltip="The inverted source clip, from Invert Video."),
-                io.Image.Input("images", tooltip="The source clip, as it was encoded for Invert Video."),
+                *inverted_clip_inputs(),
                 io.Int.Input(
                     "x",
                     default=0,
@@ -67,21 +66,16 @@ class PreviewRelevance(io.ComfyNode):
                     tooltip="How relevant a pixel must be to lie in the mask, as a share of the clip's maximum. "
                     "Smaller makes the mask larger.",
                 ),
-                io.Float.Input(
+                fraction(
                     "opacity",
-                    default=0.7,
-                    min=0.0,
-                    max=1.0,
+                    0.7,
                     step=0.05,
                     advanced=True,
                     tooltip="How strongly the heat map covers the grey clip. 1 shows the colours only.",
                 ),
-                io.Float.Input(
+                fraction(
                     "percent",
-                    default=0.7,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
+                    0.7,
                     advanced=True,
                     tooltip="Where in the denoising to look at the attention: 0 = in pure noise, 1 = at the clean "
                     "clip.",

@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io, ui
 
-from .types import TRAJECTORY_TYPE, show_on_node, valid
+from .types import fraction, inverted_clip_inputs, show_on_node, valid
 
 
 class PreviewTokenAttention(io.ComfyNode):
@@ -19,8 +19,7 @@ class PreviewTokenAttention(io.ComfyNode):
             search_aliases=["videograin", "st-layout", "attention map", "heatmap", "cross-attention", "daam"],
             is_output_node=True,
             inputs=[
-                TRAJECTORY_TYPE.Input("trajectory", tooltip="The inverted source clip, from Invert Video."),
-                io.Image.Input("images", tooltip="The source clip, as it was encoded for Invert Video."),
+                *inverted_clip_inputs(),
                 io.Conditioning.Input("positive", tooltip="The prompt of the edit, from Encode Regional Prompt."),
                 io.String.Input(
                     "words", default="", tooltip="Words of the prompt, just as they stand there, such as 'red circle'."
@@ -31,20 +30,15 @@ class PreviewTokenAttention(io.ComfyNode):
                     tooltip="The model with the ST-Layout Attention Patch, for the second heat map. Leave "
                     "unconnected to see the first only.",
                 ),
-                io.Float.Input(
+                fraction(
                     "percent",
-                    default=0.1,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
+                    0.1,
                     tooltip="Where in the denoising to look: 0 = in pure noise, 1 = at the clean clip. The patch acts "
                     "only inside its own window.",
                 ),
-                io.Float.Input(
+                fraction(
                     "opacity",
-                    default=0.8,
-                    min=0.0,
-                    max=1.0,
+                    0.8,
                     step=0.05,
                     advanced=True,
                     tooltip="How strongly the heat map covers the grey clip. 1 shows the colours only.",

@@ -3,7 +3,7 @@
 import torch
 from comfy_api.latest import io, ui
 
-from .types import REGIONS_TYPE, TRAJECTORY_TYPE, show_on_node, valid
+from .types import REGIONS_TYPE, inverted_clip_inputs, show_on_node, valid
 
 
 class RegionsFromAttention(io.ComfyNode):
@@ -21,8 +21,7 @@ class RegionsFromAttention(io.ComfyNode):
             search_aliases=["videograin", "st-layout", "k-means", "segment", "auto mask", "layout from attention"],
             is_output_node=True,
             inputs=[
-                TRAJECTORY_TYPE.Input("trajectory", tooltip="The inverted source clip, from Invert Video."),
-                io.Image.Input("images", tooltip="The source clip, as it was encoded for Invert Video."),
+                *inverted_clip_inputs(),
                 io.Int.Input(
                     "kinds",
                     default=3,

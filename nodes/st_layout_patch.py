@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from .types import text_of, valid, valid_window
+from .types import fraction, text_of, valid, valid_window
 
 
 class STLayoutAttentionPatch(io.ComfyNode):
@@ -39,20 +39,14 @@ class STLayoutAttentionPatch(io.ComfyNode):
                     tooltip="How strongly the pixels of a region attend to each other and not to other regions. 1 is "
                     "the method's own, 0 leaves self-attention alone.",
                 ),
-                io.Float.Input(
+                fraction(
                     "start_percent",
-                    default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
+                    0.0,
                     tooltip="Where in the denoising the patch begins to act (0 = at the first step).",
                 ),
-                io.Float.Input(
+                fraction(
                     "end_percent",
-                    default=0.3,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
+                    0.3,
                     tooltip="Where in the denoising it ends. What goes where is decided early; its strength falls "
                     "with the noise in any case.",
                 ),

@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from .types import SCORE_TYPE, continue_from_latent_input, mask_inputs, show_share, text_of, valid_window
+from .types import SCORE_TYPE, continue_from_latent_input, fraction, mask_inputs, show_share, text_of, valid_window
 
 
 class STRLatentOptimizer(io.ComfyNode):
@@ -43,20 +43,14 @@ class STRLatentOptimizer(io.ComfyNode):
                     "the mask, which begins from new noise (by the seed), and nothing in there is matched. Both need a "
                     "mask: where the object is, or where it shall appear.",
                 ),
-                io.Float.Input(
+                fraction(
                     "start_percent",
-                    default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
+                    0.0,
                     tooltip="Where in the denoising the matching starts (0 = at the first step).",
                 ),
-                io.Float.Input(
+                fraction(
                     "end_percent",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
+                    1.0,
                     tooltip="Where in the denoising the matching ends (1 = at the last step).",
                 ),
                 *mask_inputs(),

@@ -18,6 +18,19 @@ RAFT_TYPE = io.Custom("OPTICAL_FLOW")
 """The host's flow model."""
 
 
+def fraction(name: str, default: float, **options) -> io.Float.Input:
+    """A number from 0 to 1."""
+    return io.Float.Input(name, default=default, **{"min": 0.0, "max": 1.0, "step": 0.01} | options)
+
+
+def inverted_clip_inputs() -> list:
+    """The clip as trajectory and as images: the same two inputs on every node that looks into the model."""
+    return [
+        TRAJECTORY_TYPE.Input("trajectory", tooltip="The inverted source clip, from Invert Video."),
+        io.Image.Input("images", tooltip="The source clip, as it was encoded for Invert Video."),
+    ]
+
+
 def raft_input() -> RAFT_TYPE.Input:
     """The host's flow model: the same input on every node that wants flow."""
     return RAFT_TYPE.Input(
