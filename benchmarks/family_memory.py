@@ -16,6 +16,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -178,7 +179,7 @@ class _Seen(Exception):
 def predicted(family, network, call, last: str | None = None) -> tuple[float, float]:
     """GiB of a gradient that keeps all activations, and of one that keeps blocks' inputs; last: where it ends."""
     meter = ActivationMeter(network, family)
-    with meter.open():
+    with meter.open(), mock.patch.object(torch, "equal", return_value=True):  # one prompt for all frames: no values
         handle = None
 
         def end(*_):

@@ -230,29 +230,27 @@ class _Predictor:
         cond, options = window.leading_cond(prompts[branch], sigma, x), window.options(self._options)
         base, patcher = self._guider.inner_model, self._guider.model_patcher
         asked = ModelCall(base, patcher, cond, sigma, options, self._step, PLACES[branch])
-        found = self._take(asked, x, recorder, partial(self._losses, held, keys, features), scales)
+        losses = {name: partial(self._loss, name, held, keys, features) for name in self._of_model}
+        found = self._take(asked, x, recorder, losses, scales)
         return seen | ({branch: found.denoised} if alone else {}), found
 
     def _one_pass_predicts(self, window: Window, prompt: str) -> bool:
         """Whether the pass of the leading conditioning is the host's whole prediction of a prompt."""
         return len(window.conds[prompt]) == 1 and "sampler_calc_cond_batch_function" not in self._options
 
-    def _losses(self, held, keys: KeyRecorder, features: FeatureRecorder | None) -> dict[str, Tensor]:
+    def _loss(self, name: str, held, keys: KeyRecorder, features: FeatureRecorder | None) -> Tensor:
+        """Of one regulariser, the mean over the layers."""
         source_keys, source_features = held
-        forms = {SPATIAL: spatial_self_similarity_loss, TEMPORAL: temporal_self_similarity_loss}
-        found, stop = {}, comfy.model_management.throw_exception_if_processing_interrupted
-        for name in self._of_model:
-            losses = []
-            for path, source in (source_features if name == RELEVANCE else source_keys).items():
-                if name == RELEVANCE:
-                    rows = small_tile(source) if self._take.low_memory else None
-                    losses.append(matching_loss(source, features.features[path], rows=rows, on_tile=stop))
-                else:
-                    losses.append(forms[name](source, keys.keys[path]))
-            loss = torch.stack(losses).mean()
-            same = name == RELEVANCE and float(loss.detach()) < -1 + SAME  # before anything has moved
-            found[name] = loss.detach() + 0 * loss if same else loss
-        return found
+        losses, stop = [], comfy.model_management.throw_exception_if_processing_interrupted
+        if name != RELEVANCE:
+            form = {SPATIAL: spatial_self_similarity_loss, TEMPORAL: temporal_self_similarity_loss}[name]
+            return torch.stack([form(source, keys.keys[path]) for path, source in source_keys.items()]).mean()
+        for path, source in source_features.items():
+            rows = small_tile(source) if self._take.low_memory else None
+            losses.append(matching_loss(source, features.features[path], rows=rows, on_tile=stop))
+        loss = torch.stack(losses).mean()
+        same = float(loss.detach()) < -1 + SAME  # before anything has moved
+        return loss.detach() + 0 * loss if same else loss
 
     # --- passes ---------------------------------------------------------
 

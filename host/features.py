@@ -105,8 +105,8 @@ def key_blocks(model, layers: str = "") -> frozenset[str]:
 class KeyRecorder:
     """A listener that keeps the keys of spatial self-attention. One prompt a run.
 
-    blocks: names of those to look at. `tensors` holds keys (F, H, N, D) by "path keys", for block checkpointing to
-    exchange.
+    blocks: names of those to look at. `tensors` holds keys (F, N, C), heads side by side, by "path keys", for block
+    checkpointing to exchange.
     """
 
     def __init__(self, blocks: frozenset[str]):
@@ -115,8 +115,8 @@ class KeyRecorder:
 
     @property
     def keys(self) -> dict[str, Tensor]:
-        """(F, N, C) by name, heads side by side."""
-        return {name: t.transpose(1, 2).flatten(2) for name, t in self.tensors.items() if name.endswith(" keys")}
+        """Those of `tensors` that are keys: beside other recorders there are others."""
+        return {name: t for name, t in self.tensors.items() if name.endswith(" keys")}
 
     def __call__(self, call: AttentionCall) -> None:
         self.tensors.update(self._taken(call))
@@ -133,7 +133,8 @@ class KeyRecorder:
     def _taken(self, call: AttentionCall) -> dict[str, Tensor]:
         if call.kind not in IN_SPACE or call.layer.block not in self._blocks:
             return {}
-        return {f"{call.layer.path} keys": call.per_frame.of_clip(call.per_frame.key)}
+        keys = call.per_frame.of_clip(call.per_frame.key)
+        return {f"{call.layer.path} keys": keys.transpose(1, 2).flatten(2)}
 
 
 class Recorders:

@@ -16,7 +16,7 @@ from torch import Tensor
 from .attention_tap import AttentionTap
 from .checkpointing import checkpointed
 from .families import IN_SPACE, family_of
-from .gradients import gradients_at, prediction_with_graph
+from .gradients import gradient_at, prediction_with_graph
 from .memory import ActivationMeter, GradientMemory
 
 log = logging.getLogger("spacetime_edit")
@@ -80,16 +80,17 @@ class GradientPass:
         asked: ModelCall,
         x: Tensor,
         recorder,
-        losses: Callable[[], dict[str, Tensor]],
+        losses: Mapping[str, Callable[[], Tensor]],
         weights: Mapping[str, float] | None = None,
     ) -> Gradients:
-        """The gradients of `losses()`, which reads what the recorder has kept, at the latent x.
+        """The gradients of `losses` at the latent x; they read what the recorder has kept, and are formed in turn.
 
         weights: only of the sum of the losses, each times its weight. RuntimeError where memory runs out for good,
         ValueError for a gradient that is not finite.
         """
         largest = max(weights.values(), default=1.0) if weights else 1.0  # half precision holds the sum as each term
         family, half = family_of(asked.patcher), asked.base_model.get_dtype_inference() == torch.float16
+        loss_scale = HALF_PRECISION_SCALE if half else 1.0
         given = {"model_options": asked.options, "needs": frozenset(IN_SPACE), "place": asked.place}
         while True:
             tap = AttentionTap(asked.patcher, [recorder], differentiable=True)
@@ -99,11 +100,19 @@ class GradientPass:
             )
             try:
                 with blocks if self.low_memory else contextlib.nullcontext(), call as (at, denoised):
-                    own = losses()
-                    values = {name: float(value.detach()) for name, value in own.items()}
+                    if denoised is not None:
+                        denoised = denoised.detach()  # and with it goes the graph behind the last recorded layer
+                    values, gradients, total, left = {}, {}, 0.0, len(losses)
+                    for name, loss in losses.items():
+                        value, left = loss(), left - 1
+                        values[name] = float(value.detach())
+                        if weights is None:
+                            gradients[name] = gradient_at(at, value, loss_scale, last=not left)
+                        else:
+                            total = total + weights.get(name, 0.0) / largest * value
+                        del value  # and with it, where it is done, its graph
                     if weights is not None:
-                        own = {SUM: sum(weights.get(name, 0.0) / largest * value for name, value in own.items())}
-                    gradients = gradients_at(at, own, HALF_PRECISION_SCALE if half else 1.0)
+                        gradients[SUM] = gradient_at(at, total, loss_scale)
                 break
             except (torch.OutOfMemoryError, management.ACCELERATOR_ERROR) as error:
                 if not management.is_oom(error):
@@ -115,8 +124,8 @@ class GradientPass:
             log.warning("%s: out of memory; once more without kept activations (slower)", self.what)
             management.soft_empty_cache()
         self._check(gradients, asked, recorder)
-        total = None if weights is None else largest * gradients.pop(SUM)
-        return Gradients(values, gradients, total, None if denoised is None else denoised.detach())
+        summed = None if weights is None else largest * gradients.pop(SUM)
+        return Gradients(values, gradients, summed, denoised)
 
     def _check(self, gradients: Mapping[str, Tensor], asked: ModelCall, recorder) -> None:
         for name, gradient in gradients.items():

@@ -6,7 +6,7 @@ again in the backward pass, as the host fetches it in the forward pass.
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 
 import torch
@@ -73,15 +73,12 @@ def prediction_with_graph(
         yield x, call_model(base_model, conds, x, level, model_options, tap=tap, needs=needs, place=place)
 
 
-def gradients_at(x: Tensor, losses: Mapping[str, Tensor], loss_scale: float = 1.0) -> dict[str, Tensor]:
-    """d loss / d x of several losses of one prediction, a backward pass each.
+def gradient_at(x: Tensor, loss: Tensor, loss_scale: float = 1.0, *, last: bool = True) -> Tensor:
+    """d loss / d x; last: no other loss of the same prediction follows, so its graph may go.
 
     `loss_scale` keeps half-precision gradients out of underflow and is divided out.
     """
-    found = {}
-    for left, (name, value) in zip(reversed(range(len(losses))), losses.items(), strict=True):
-        found[name] = torch.autograd.grad(value * loss_scale, x, retain_graph=left > 0)[0] / loss_scale
-    return found
+    return torch.autograd.grad(loss * loss_scale, x, retain_graph=not last)[0] / loss_scale
 
 
 def latent_gradient(
@@ -101,7 +98,7 @@ def latent_gradient(
     with prediction_with_graph(base_model, latent, sigma, cond, **options) as (x, denoised):
         value = loss(denoised)
         del denoised  # where memory is short
-        return value.detach(), gradients_at(x, {"": value}, loss_scale)[""]
+        return value.detach(), gradient_at(x, value, loss_scale)
 
 
 def normal_tensor(tensor: Tensor) -> Tensor:

@@ -234,7 +234,7 @@ class _MatchingRun:
             cond, options = window.leading_cond(TARGET, step.sigma, x), window.options(step.run.model_options)
             patcher = step.run.guider.model_patcher
             asked = ModelCall(step.run.base_model, patcher, cond, step.sigma, options, step.index + 1)
-            made = self.take(asked, window.of(x), recorder, partial(self._losses, source, recorder))
+            made = self.take(asked, window.of(x), recorder, {LOSS: partial(self._loss, source, recorder)})
             slope = window.own_frames(made.gradients[LOSS])
             if self._matching.task in NEW_CONTENT:  # what still reaches the inside comes by the receptive field
                 slope = slope * (1 - mask_like(window.of_mask(step.mask), slope))
@@ -306,10 +306,10 @@ class _MatchingRun:
         with torch.inference_mode(False):
             return {path: 1 - to_latent_grid(mask, *grid[1:]).flatten(1) for path, grid in recorder.grids.items()}
 
-    def _losses(self, source: _Source, recorder: FeatureRecorder) -> dict[str, Tensor]:
+    def _loss(self, source: _Source, recorder: FeatureRecorder) -> Tensor:
         target = recorder.features
         losses, stop = [], management.throw_exception_if_processing_interrupted
         for path, own in source.features.items():
             rows, weight = small_tile(own) if self.take.low_memory else None, source.weights.get(path)
             losses.append(matching_loss(own, target[path], rows=rows, weight=weight, on_tile=stop, **self._score.form))
-        return {LOSS: torch.stack(losses).mean()}
+        return torch.stack(losses).mean()

@@ -9,7 +9,7 @@ from spacetime_edit.host.attention_tap import AttentionTap
 from spacetime_edit.host.distillation import MOTION, RELEVANCE, SPATIAL, TEMPORAL
 from spacetime_edit.host.families import IN_SPACE, family_of, noise_space
 from spacetime_edit.host.features import FeatureRecorder
-from spacetime_edit.host.gradients import gradients_at, normal_tensor, prediction_with_graph
+from spacetime_edit.host.gradients import gradient_at, normal_tensor, prediction_with_graph
 from spacetime_edit.host.model_pass import call_model
 from spacetime_edit.tests.host import support
 
@@ -103,7 +103,8 @@ class Regularisers:
         mutates = family_of(self._model).mutates
         call = prediction_with_graph(base, x, sigma, cond, model_options=options, tap=tap, mutates=mutates)
         with call as (at, _):
-            return gradients_at(at, seen.losses(held, self._of_model))
+            losses = seen.losses(held, self._of_model)
+            return {name: gradient_at(at, loss, last=False) for name, loss in losses.items()}
 
 
 def drawn(model, settings, shape, seed):
