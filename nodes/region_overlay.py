@@ -9,8 +9,8 @@ from scipy import ndimage
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from ..core.masks import as_frames
-from ..core.regions import Region, partition, same_frames
+from ..core.frames import FramePattern
+from ..core.regions import MASKS, Region, partition, same_frames
 
 PALETTE = "tab10"
 
@@ -25,7 +25,8 @@ def overlay(images: Tensor, regions: Sequence[Region], opacity: float) -> tuple[
     if not regions:
         raise ValueError("regions: there are none; connect Region Prompt or Regions from Masks")
     palette = torch.tensor(colormaps[PALETTE].colors)
-    masks = [as_frames(mask, len(images), "regions") for mask in same_frames(regions)]
+    time = FramePattern().of(len(images))
+    masks = [time.in_clip(mask, MASKS) for mask in same_frames(regions)]
     shares = partition(torch.stack(masks))
     shares = interpolate(shares, images.shape[1:3], mode="bilinear", antialias=True).clamp(0, 1)  # (K + 1, F, H, W)
     colours = palette[torch.arange(len(regions)) % len(palette)]
