@@ -18,6 +18,7 @@ OBJECT_EDITS = ("colour", "shape")
 DELETE, ADD = "delete", "add"
 KEPT = ("kept_region_psnr_db", "kept_region_psnr_vs_vae_db")
 FASTEST_SHARE = 0.25
+SMALLEST, LARGEST = 0.6, 1.6
 FIRST_REGION_DILATION_PX = 2
 
 
@@ -94,6 +95,21 @@ def make_cases(
         return world.sample_scene(generator, objects, frames=frames)
 
     return _sampled(group, np.random.default_rng([seed, objects]), n, objects, kinds, sample)
+
+
+def growing_cases(group: str, seed: int, n: int) -> list[Case]:
+    """n cases of one object that grows or shrinks to 0.6 to 1.6 times its size, and changes its shape.
+
+    The model knows objects of one size only; what changes is the outline to follow.
+    """
+    generator = np.random.default_rng([seed, 6])
+
+    def sample(generator: np.random.Generator) -> world.Scene:
+        scene = world.sample_scene(generator, 1)
+        growth = float(np.exp(generator.uniform(np.log(SMALLEST), np.log(LARGEST))))
+        return replace(scene, objects=(replace(scene.objects[0], growth=growth),))
+
+    return _sampled(group, generator, n, 1, ("shape",), sample)
 
 
 def fast_cases(group: str, seed: int, n: int) -> list[Case]:

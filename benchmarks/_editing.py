@@ -6,14 +6,14 @@ prompts and the inverted clip; only those that are `masked` see a true mask.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import comfy.samplers
 import torch
 from torch import Tensor
 
+from ..core.metrics import psnr_db
 from ..core.trajectory import Trajectory
 from ..host import video_metrics
 from ..host.inversion import invert
@@ -22,23 +22,24 @@ from ..host.relevance_matching import NEW_CONTENT, RelevanceMatching, redraw_noi
 from ..host.sampling import TrajectorySampler
 from ..tools.shape_world import world
 from ._cases import CEILING, COPY, NOISE, Case, Chain
-from ._timing import cpu_seconds
 
+SDEDIT = "SDEdit"
 SDEDIT_START = 0.6
 """Share of the schedule that SDEdit denoises; within the usual range, not tuned on this model."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """strength: lambda of STR-Match for 50 steps; end: percent of denoising where it ends; rule: of its steps;
-    dilation: px."""
+    """strength: lambda of STR-Match; end: percent of denoising where it ends; iterations: moves a step; paths: of the
+    score; dilation: px."""
 
     steps: int = 20
     cfg: float = 4.0
-    strength: float = 0.08
+    strength: float = 1.0
+    iterations: int = 2
     end: float = 0.8
-    rule: str = "normalised"
     layers: str = ""
+    paths: str = "spatial-temporal"
     dilation: float = 4.0
 
 
@@ -101,19 +102,19 @@ class Editor:
         trajectory: Trajectory,
         *,
         factor: float = 1.0,
-        iterations: int = 1,
-        rule: str = "",
+        iterations: int = 0,
+        end: float | None = None,
         task: str = "change",
         **form,
     ) -> RelevanceMatching:
         """STR matching at `factor` times the settings' lambda; form: radius and the other options of the score.
 
-        rule: of the step; empty: the settings'.
+        iterations 0, end None: the settings'.
         """
         settings = self.settings
-        score, strength = str_score_of(trajectory, settings.layers, **form), factor * settings.strength
-        rule = rule or settings.rule
-        return RelevanceMatching(score, strength, end=settings.end, iterations=iterations, rule=rule, task=task)
+        score = str_score_of(trajectory, settings.layers, **{"paths": settings.paths} | form)
+        window = {"end": settings.end if end is None else end, "iterations": iterations or settings.iterations}
+        return RelevanceMatching(score, factor * settings.strength, task=task, **window)
 
 
 # --- methods ----------------------------------------------------------
@@ -214,24 +215,30 @@ def in_one(method: Method) -> ChainMethod:
     return lambda editor, chain, trajectory: (None, method(editor, chain, trajectory))
 
 
-# --- running ----------------------------------------------------------
+# --- the same edit twice ----------------------------------------------
+
+NOISE_DB = -110
+"""Of the noise that must not matter, against the clip's latent."""
 
 
-def run(editor: Editor, cases: Sequence, methods: Mapping[str, Callable], measure: Callable[..., dict]) -> list[dict]:
-    """One record a case and method; the methods of a case share one inversion, whose time is not theirs."""
-    records = []
-    for number, case in enumerate(cases):
+def again(method: Method) -> Callable[[Editor, Case, Trajectory], tuple[Tensor, Tensor]]:
+    """The edit, and the edit of the same clip with a little noise in its latent, inverted anew."""
+
+    def edit(editor: Editor, case: Case, trajectory: Trajectory) -> tuple[Tensor, Tensor]:
         latent = editor.encode(world.render(case.source)[0])
-        reconstruction = editor.decode(latent)
-        trajectory, inversion = cpu_seconds(lambda: editor.invert(latent, case.source))  # noqa: B023 (called here)
-        about = {"clip": number, "group": case.group, "kind": case.kind, "edit": world.caption(case.target)}
-        for name, method in methods.items():
-            edited, seconds = cpu_seconds(lambda: method(editor, case, trajectory))  # noqa: B023 (called here)
-            times = {"seconds": seconds.user, "inversion_seconds": inversion.user}
-            measured = measure(case, edited, reconstruction) | in_the_graphs_metrics(case, edited)
-            records.append({**about, "method": name, **measured, **times})
-        print(f"\r{number + 1} of {len(cases)} clips", end="", file=sys.stderr, flush=True)
-    return records
+        noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(case.seed))
+        other = editor.invert(latent + 10 ** (NOISE_DB / 20) * latent.std() * noise, case.source)
+        return method(editor, case, trajectory), method(editor, case, other)
+
+    return edit
+
+
+def agreement(case: Case, edits: tuple[Tensor, Tensor], reconstruction: Tensor) -> dict[str, float]:
+    """How alike two edits are, in dB of PSNR."""
+    return {"agreement_db": psnr_db(*edits, torch.ones(1))}
+
+
+# --- measuring --------------------------------------------------------
 
 
 def in_the_graphs_metrics(case: Case | Chain, edited: Tensor | tuple[Tensor | None, Tensor]) -> dict[str, float]:

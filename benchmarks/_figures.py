@@ -11,6 +11,8 @@ from ..tools.shape_world.statistics import paired_bootstrap
 
 COLUMNS = {
     "trajectory_error_px": "traj px",
+    "median of trajectory_error_px": "median",
+    "worst of trajectory_error_px": "worst",
     "colour_accuracy": "colour",
     "shape_accuracy": "shape",
     "background_accuracy": "backgr",
@@ -43,7 +45,10 @@ CHAIN_COLUMNS = {
 }
 """Metrics of two edits of one clip: the left object after the first edit and after the second, and so on."""
 
-MEDIANS = frozenset({"seconds", "inversion_seconds"})
+MEDIANS = frozenset({"seconds", "inversion_seconds", "agreement_db"})
+OF = {"median": np.median, "worst": np.max}
+"""What else a column may say of a metric: "median of ...", "worst of ..."."""
+SMALLER_IS_BETTER = frozenset({"trajectory_error_px"})
 STATISTICS = {
     "trajectory_error_px": "ratio_of_means",
     "kept_region_psnr_db": "difference_of_means",
@@ -75,10 +80,13 @@ def groups(records: Iterable[dict]) -> Iterator[tuple[str, str]]:
 
 
 def typical(records: list[dict], metric: str) -> float | None:
-    """Mean over the records that have the metric, of seconds the median; None where none has it."""
-    values = [r[metric] for r in records if metric in r]
+    """Mean over the records that have the metric, of some the median; None where none has it."""
+    of, _, name = metric.partition(" of ") if metric.partition(" ")[0] in OF else ("", "", metric)
+    values = [r[name] for r in records if name in r]
     if not values:
         return None
+    if of:
+        return float(OF[of](values))
     return float(np.median(values) if metric in MEDIANS else np.mean(values))
 
 
@@ -110,7 +118,10 @@ def compare(records: list[dict], pairs: Sequence[tuple[str, str]], seed: int) ->
                     a, b = ([side[c][metric] for c in shared] for side in (ours, theirs))
                     about = {"group": group, "kind": kind, "method": method, "against": against, "metric": metric}
                     interval = paired_bootstrap(a, b, statistic, seed=seed)._asdict()
-                    rows.append({**about, "statistic": statistic, "n": len(shared), **interval})
+                    sign = -1 if metric in SMALLER_IS_BETTER else 1
+                    ahead = [sign * (x - y) for x, y in zip(a, b, strict=True)]
+                    won = {"wins": sum(d > 0 for d in ahead), "losses": sum(d < 0 for d in ahead)}
+                    rows.append({**about, "statistic": statistic, "n": len(shared), **interval, **won})
     return rows
 
 
@@ -156,5 +167,6 @@ def format_comparisons(rows: list[dict]) -> str:
         if heading != (heading := (r["group"], r["method"], r["against"])):
             lines.append(f"  {r['group']} (n {r['n']}): {r['method']} against {r['against']}")
         interval = f"{r['estimate']:8.3f}  [{r['low']:.3f}, {r['high']:.3f}]"
-        lines.append(f"    {r['metric']:27} {r['statistic'].replace('_', ' '):20} {interval}")
+        won = f"{r['wins']} better, {r['losses']} worse"
+        lines.append(f"    {r['metric']:27} {r['statistic'].replace('_', ' '):20} {interval:30} {won}")
     return "\n".join(lines)

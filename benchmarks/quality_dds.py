@@ -1,6 +1,6 @@
 """DreamMotion and its ablations on the embedded model, where the truth is known.
 
-    python benchmarks/quality_dds.py [--seed 0] [--n 8] [--steps 32] [--step-size 1.6] [--cfg 7.5]
+    python benchmarks/quality_dds.py [--seed 211 223 227] [--n 16] [--steps 32] [--step-size 1.6] [--cfg 7.5]
                                      [--only GROUP ...] [--json PATH]
 
 One object gets another colour or another shape. Every method optimises the clip's own latent, with the same noises.
@@ -37,7 +37,8 @@ load_pack()
 from spacetime_edit.benchmarks import _figures as figures
 from spacetime_edit.benchmarks._cases import CEILING, COPY, KEPT, SWAP, Case, make_cases
 from spacetime_edit.benchmarks._cases import measure as measure_edit
-from spacetime_edit.benchmarks._editing import Editor, Settings, copy, run, swap, through_vae
+from spacetime_edit.benchmarks._editing import Editor, Settings, copy, swap, through_vae
+from spacetime_edit.benchmarks._running import Runner, add_arguments
 from spacetime_edit.core.masks import dilate
 from spacetime_edit.core.trajectory import Trajectory
 from spacetime_edit.host.distillation import MOTION, RELEVANCE, SPATIAL, TEMPORAL, Distillation, optimise
@@ -149,8 +150,8 @@ def of_losses(rows: list[dict]) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=("losses", "layers", "masks"), nargs="+", default=["losses"])
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--n", type=int, default=8)
+    add_arguments(parser)
+    parser.add_argument("--n", type=int, default=16, help="clips of each seed")
     parser.add_argument("--steps", type=int, default=32)
     parser.add_argument("--step-size", type=float, default=1.6)
     parser.add_argument("--cfg", type=float, default=7.5, help="of the optimised rows")
@@ -158,14 +159,14 @@ def main() -> int:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     settings = {"steps": arguments.steps, "step_size": arguments.step_size, "cfg": arguments.cfg}
-    report = {"seed": arguments.seed, "n": arguments.n, "settings": settings}
+    report = {"seeds": arguments.seed, "n": arguments.n, "settings": settings}
     with torch.inference_mode():
-        editor = Editor(Settings())
+        run = Runner(Editor(Settings()), store=arguments.store, processes=arguments.processes, about=settings)
         for group in arguments.only:
-            cases = make_cases(group, arguments.seed, arguments.n)
-            records = run(editor, cases, methods(settings)[group], measure)
+            make = partial(make_cases, group, n=arguments.n)
+            records = run.over(arguments.seed, make, methods(settings)[group], measure)
             rows = figures.summarise(records, COLUMNS | figures.METRICS)
-            comparisons = figures.compare(records, PAIRS, arguments.seed)
+            comparisons = figures.compare(records, PAIRS, seed=0)
             tables = [figures.format_rows(rows, columns) for columns in (COLUMNS, figures.METRICS)]
             print(*tables, figures.format_comparisons(comparisons), sep="\n")
             if group == "losses":

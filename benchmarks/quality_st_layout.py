@@ -1,6 +1,6 @@
 """ST-Layout regions against the prompt alone, on the embedded model, where the truth is known.
 
-    python benchmarks/quality_st_layout.py [--seed 0] [--n 24] [--only GROUP ...] [--json PATH]
+    python benchmarks/quality_st_layout.py [--seed 211 223 227] [--n 16] [--only GROUP ...] [--json PATH]
 
 Clips of two objects, both of which get another colour, shape or both. The embedded model understands sides, so the
 prompt names them the other way round: read by itself it binds every phrase to the wrong object. Only the masks say
@@ -47,7 +47,8 @@ load_pack()
 
 import comfy.samplers
 from spacetime_edit.benchmarks import _figures as figures
-from spacetime_edit.benchmarks._editing import Editor, Settings, copy, from_noise, run, through_vae
+from spacetime_edit.benchmarks._editing import Editor, Settings, copy, from_noise, through_vae
+from spacetime_edit.benchmarks._running import Runner, add_arguments
 from spacetime_edit.core.inflation import Inflation
 from spacetime_edit.core.masks import dilate
 from spacetime_edit.core.regions import Region
@@ -294,19 +295,20 @@ figures.STATISTICS.update(dict.fromkeys(("colour", "shape", "both_right"), "diff
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=GROUPS, nargs="+", default=list(GROUPS))
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--n", type=int, default=24)
+    add_arguments(parser)
+    parser.add_argument("--n", type=int, default=16, help="clips of each seed")
     parser.add_argument("--json", type=Path, help="also write rows, intervals and every clip's figures here")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     settings = Settings()
-    report = {"seed": arguments.seed, "n": arguments.n, "settings": asdict(settings) | {"tuned": TUNED}}
+    report = {"seeds": arguments.seed, "n": arguments.n, "settings": asdict(settings) | {"tuned": TUNED}}
     with torch.inference_mode():
-        editor = Editor(settings)
+        run = Runner(Editor(settings), store=arguments.store, processes=arguments.processes, about=TUNED)
         for group in arguments.only:
-            records = run(editor, make_cases(group, arguments.seed, arguments.n), GROUPS[group], measure)
+            make = partial(make_cases, group, n=arguments.n)
+            records = run.over(arguments.seed, make, GROUPS[group], measure)
             rows = figures.summarise(records, COLUMNS | figures.METRICS)
-            comparisons = figures.compare(records, PAIRS, arguments.seed)
+            comparisons = figures.compare(records, PAIRS, seed=0)
             tables = [figures.format_rows(rows, columns) for columns in (COLUMNS, figures.METRICS)]
             print(*tables, figures.format_comparisons(comparisons), sep="\n")
             report[group] = {"rows": rows, "comparisons": comparisons, "clips": records}

@@ -1,24 +1,28 @@
 """STR-Match against other ways to edit, on the embedded model, where the truth is known.
 
-    python benchmarks/quality_str.py [--suite main] [--seed 0] [--n N] [--json PATH]
+    python benchmarks/quality_str.py [--suite main] [--seed 211 223 227] [--n N] [--store FILE] [--json PATH]
 
-Clips of the shape world with colour and shape edits in turn; the methods of a clip share one inversion. Suites:
+Clips of the shape world with colour and shape edits in turn, n of each seed; the methods of a clip share one inversion.
+Suites:
 
-    main        one object (n = 24), two objects and background edits (n / 2 each): prompt swap, SDEdit, the score of
-                the paper's ablation (concat), STR-Match at three strengths, and with a mask
-    options     one object (n = 12): every option of the score and of the step
-    rules       one object (n = 24): normalised steps and adam's, for STR-Match and for concat, at three strengths
+    main        one object (n = 16): prompt swap, SDEdit, the score of the paper's ablation (concat), STR-Match at three
+                strengths and with a mask
+    two         two objects, and background edits of one (n = 8 each), by the same methods
+    size        one object that grows or shrinks and changes its shape (n = 16)
+    options     one object (n = 4): every option of the score and of the step
+    stability   one object (n = 4): the same edit after noise of -110 dB on the clip's latent
     frames      the same motion in 16 and in 32 frames (n = 7): figures, time, memory
-    crossing    what is hard (n = 12 each): the fastest quarter of clips, and two objects that change sides. The model
+    crossing    what is hard (n = 8 each): the fastest quarter of clips, and two objects that change sides. The model
                 was trained on 8 frames of objects of at most 24 px travel that stay in their half of the image, so
                 all methods do badly on the latter
-    delete      one of two objects goes, one of two comes (n = 12 each), with its true mask
-    sequential  two objects (n = 12), the left one edited first and the right one second: is the first edit kept?
-    all         these seven
+    delete      one of two objects goes, one of two comes (n = 8 each), with its true mask
+    sequential  two objects (n = 8), the left one edited first and the right one second: is the first edit kept?
+    all         these nine
 
-Rows that bound the scale: the unedited copy, sampling the target prompt from random noise, and the true edit through
-the VAE. Only rows that say so see a true mask. Time is user CPU seconds on one thread, the median over the clips,
-whose methods take turns; memory is bytes of live tensors, by a tracker, in a run that is not timed.
+Seeds below 100 are for tuning, others for figures. Rows that bound the scale: the unedited copy, sampling the target
+prompt from random noise, and the true edit through the VAE. Only rows that say so see a true mask. Time is user CPU
+seconds on one thread, the median over the clips, whose methods take turns; memory is bytes of live tensors, by a
+tracker, in a run that is not timed. A store keeps the figures of each clip, and a run goes on where another stopped.
 """
 # ruff: noqa: E402 (the pack is loaded before it is imported)
 
@@ -50,23 +54,27 @@ from spacetime_edit.benchmarks._cases import (
     crossing_cases,
     deletion_cases,
     fast_cases,
+    growing_cases,
     make_cases,
     measure,
     measure_chain,
 )
 from spacetime_edit.benchmarks._editing import (
     BOUNDS,
+    SDEDIT,
     Editor,
     Settings,
+    again,
+    agreement,
     at_once,
     described,
     in_one,
     match,
     one_after_another,
-    run,
     sdedit,
     swap,
 )
+from spacetime_edit.benchmarks._running import Runner, add_arguments
 from spacetime_edit.benchmarks._timing import peak_bytes
 from spacetime_edit.benchmarks._verdicts import (
     ADDITION,
@@ -82,16 +90,13 @@ from spacetime_edit.benchmarks._verdicts import (
     MATCH_LOW,
     MATCH_MASK,
     ONE,
-    SDEDIT,
     SEQUENCE_MATCH,
     SEQUENCE_SWAP,
+    SIZE,
     TWO,
 )
-from spacetime_edit.core.step_rules import StepRule
+from spacetime_edit.core.relevance import Paths
 from spacetime_edit.tools.shape_world import world
-
-PLAIN_STRENGTH = 1.0
-"""Of the plain rule, which does nothing at the settings' lambda: the largest that a node takes."""
 
 Records = list[dict]
 
@@ -101,7 +106,7 @@ class Suite:
     """n: of the largest group; pairs: method against method; columns: metric to heading; verdicts: lines of text."""
 
     n: int
-    run: Callable[[Editor, int, int], Records]
+    run: Callable[[Runner, int, int], Records]
     pairs: Sequence[tuple[str, str]]
     verdicts: Callable[[list[dict], list[dict]], list[str]]
     columns: Mapping[str, str]
@@ -118,9 +123,14 @@ MAIN = BOUNDS | {
     MATCH_HIGH: match(factor=1.5),
     MATCH_MASK: match(masked=True),
 }
-HARD = BOUNDS | {name: MAIN[name] for name in (SWAP, SDEDIT, MATCH, MATCH_MASK)}
+HARD = BOUNDS | {name: MAIN[name] for name in (SWAP, CONCAT, MATCH, MATCH_MASK)}
 
 OPTIONS = {
+    "1 iteration": match(iterations=1),
+    "3 iterations": match(iterations=3),
+    "first half of the steps": match(end=0.5),
+    "all steps": match(end=1.0),
+    "paths spatial-temporal": match(paths="spatial-temporal"),
     "paths temporal-spatial": match(paths="temporal-spatial"),
     "paths both": match(paths="both"),
     "paths concat": match(paths="concat"),
@@ -128,20 +138,8 @@ OPTIONS = {
     "radius 2": match(radius=2),
     "radius all": match(radius=0),
     "per pair": match(per_pair=True),
-    "adam, 1 iteration": match(rule="adam"),
-    "adam, 3 iterations, lambda / 3": match(rule="adam", iterations=3, factor=1 / 3),
-    "adam, 10 iterations, lambda / 10": match(rule="adam", iterations=10, factor=1 / 10),
 }
-"""One change each of spatial-temporal, both ways, radius 1, summed, normalised, 1 iteration."""
-
-RULES = {
-    "concat, normalised": match(paths="concat", rule="normalised"),
-    "concat, adam": match(paths="concat", rule="adam"),
-    "STR, normalised": match(rule="normalised"),
-    "STR, adam, lambda x 0.5": match(rule="adam", factor=0.5),
-    "STR, adam": match(rule="adam"),
-    "STR, adam, lambda x 1.5": match(rule="adam", factor=1.5),
-}
+"""One change each of the settings, both ways, radius 1, summed."""
 
 CHAIN_METHODS = {name: in_one(method) for name, method in BOUNDS.items()} | {
     SEQUENCE_MATCH: one_after_another(masked=True, matched=True),
@@ -153,29 +151,35 @@ CHAIN_METHODS = {name: in_one(method) for name, method in BOUNDS.items()} | {
 }
 
 
-def run_main(editor: Editor, seed: int, n: int) -> Records:
-    half = max(1, n // 2)
-    cases = make_cases(ONE, seed, n) + make_cases(TWO, seed, half, 2)
-    return run(editor, cases + make_cases(BACKGROUND, seed, half, kinds=("background",)), MAIN, measure)
+def run_main(run: Runner, seed: int, n: int) -> Records:
+    return run(make_cases(ONE, seed, n), MAIN, measure)
 
 
-def run_options(editor: Editor, seed: int, n: int) -> Records:
-    plain = {f"plain, lambda {PLAIN_STRENGTH:g}": match(rule="plain", factor=PLAIN_STRENGTH / editor.settings.strength)}
-    methods = BOUNDS | {SWAP: swap(), MATCH: match()} | OPTIONS | plain
-    return run(editor, make_cases(ONE, seed, n), methods, measure)
+def run_two(run: Runner, seed: int, n: int) -> Records:
+    return run(make_cases(TWO, seed, n, 2) + make_cases(BACKGROUND, seed, n, kinds=("background",)), MAIN, measure)
 
 
-def run_rules(editor: Editor, seed: int, n: int) -> Records:
-    return run(editor, make_cases(ONE, seed, n), BOUNDS | {SWAP: swap()} | RULES, measure)
+def run_size(run: Runner, seed: int, n: int) -> Records:
+    return run(growing_cases(SIZE, seed, n), HARD, measure)
 
 
-def run_frames(editor: Editor, seed: int, n: int) -> Records:
+def run_options(run: Runner, seed: int, n: int) -> Records:
+    return run(make_cases(ONE, seed, n), BOUNDS | {SWAP: swap(), MATCH: match()} | OPTIONS, measure)
+
+
+def run_stability(run: Runner, seed: int, n: int) -> Records:
+    methods = {MATCH: match()} | {f"lambda x {factor:g}": match(factor=factor) for factor in (0.25, 0.5)}
+    methods |= {f"{k} iteration{'s' * (k > 1)}": match(iterations=k) for k in (1, 3)}
+    return run(make_cases(ONE, seed, n), {name: again(method) for name, method in methods.items()}, agreement)
+
+
+def run_frames(run: Runner, seed: int, n: int) -> Records:
     """Clip by clip in 16 and in 32 frames; peak memory of the first clip only: it does not depend on the content."""
     methods = BOUNDS | {SWAP: swap(), MATCH: match()}
     by_count = [make_cases(f"{frames} frames", seed, n, frames=frames) for frames in FRAME_COUNTS]
-    records = run(editor, [case for cases in zip(*by_count, strict=True) for case in cases], methods, measure)
+    records = run([case for cases in zip(*by_count, strict=True) for case in cases], methods, measure)
     for cases in by_count:
-        peaks = {name: _peak_mb(editor, cases[0], methods[name]) for name in (SWAP, MATCH)}
+        peaks = {name: _peak_mb(run.editor, cases[0], methods[name]) for name in (SWAP, MATCH)}
         for record in figures.select(records, group=cases[0].group):
             if record["method"] in peaks:
                 record["peak_mb"] = peaks[record["method"]]
@@ -187,11 +191,11 @@ def _peak_mb(editor: Editor, case: Case, method) -> float:
     return peak_bytes(lambda: method(editor, case, trajectory)) / 1e6
 
 
-def run_crossing(editor: Editor, seed: int, n: int) -> Records:
-    return run(editor, fast_cases(FAST, seed, n) + crossing_cases(CROSSING, seed, n), HARD, measure)
+def run_crossing(run: Runner, seed: int, n: int) -> Records:
+    return run(fast_cases(FAST, seed, n) + crossing_cases(CROSSING, seed, n), HARD, measure)
 
 
-def run_delete(editor: Editor, seed: int, n: int) -> Records:
+def run_delete(run: Runner, seed: int, n: int) -> Records:
     records = []
     for group, task in ((DELETION, DELETE), (ADDITION, ADD)):
         methods = BOUNDS | {
@@ -201,42 +205,34 @@ def run_delete(editor: Editor, seed: int, n: int) -> Records:
             "STR, change + mask": match(masked=True),
             f"STR, {task} + mask": match(masked=True, task=task),
         }
-        records += run(editor, deletion_cases(group, seed, n, task), methods, measure)
+        records += run(deletion_cases(group, seed, n, task), methods, measure)
     return records
 
 
-def run_sequential(editor: Editor, seed: int, n: int) -> Records:
-    return run(editor, chains(TWO, seed, n), CHAIN_METHODS, measure_chain)
+def run_sequential(run: Runner, seed: int, n: int) -> Records:
+    return run(chains(TWO, seed, n), CHAIN_METHODS, measure_chain)
+
+
+PAIRS = [(m, SWAP) for m in (SDEDIT, CONCAT, MATCH_LOW, MATCH, MATCH_HIGH, MATCH_MASK)] + [(MATCH, CONCAT)]
+HARD_PAIRS = [(MATCH, SWAP), (CONCAT, SWAP), (MATCH_MASK, SWAP), (MATCH, CONCAT)]
+
+
+def none(rows: list[dict], comparisons: list[dict]) -> list[str]:
+    """No targets."""
+    return []
 
 
 SUITES = {
-    "main": Suite(
-        24,
-        run_main,
-        [(m, SWAP) for m in (SDEDIT, CONCAT, MATCH_LOW, MATCH, MATCH_HIGH, MATCH_MASK)] + [(MATCH, CONCAT)],
-        verdicts.of_main,
-        figures.COLUMNS,
-    ),
-    "options": Suite(
-        12,
-        run_options,
-        [(name, MATCH) for name in (*OPTIONS, f"plain, lambda {PLAIN_STRENGTH:g}")],
-        verdicts.of_options,
-        figures.COLUMNS,
-    ),
-    "rules": Suite(
-        24,
-        run_rules,
-        [(name, SWAP) for name in RULES]
-        + [("STR, adam", "STR, normalised"), ("STR, normalised", "concat, normalised"), ("STR, adam", "concat, adam")],
-        lambda rows, comparisons: [],
-        figures.COLUMNS,
-    ),
+    "main": Suite(16, run_main, PAIRS, verdicts.of_main, figures.COLUMNS),
+    "two": Suite(8, run_two, PAIRS, none, figures.COLUMNS),
+    "size": Suite(16, run_size, HARD_PAIRS, verdicts.of_size, figures.COLUMNS),
+    "options": Suite(4, run_options, [(name, MATCH) for name in OPTIONS], verdicts.of_options, figures.COLUMNS),
+    "stability": Suite(4, run_stability, [], verdicts.of_stability, {"agreement_db": "dB", "seconds": "s/clip"}),
     "frames": Suite(7, run_frames, [(MATCH, SWAP)], verdicts.of_frames, figures.COLUMNS | {"peak_mb": "peak MB"}),
-    "crossing": Suite(12, run_crossing, [(MATCH, SWAP), (MATCH_MASK, SWAP)], verdicts.of_crossing, figures.COLUMNS),
-    "delete": Suite(12, run_delete, [], lambda rows, comparisons: [], figures.COLUMNS),
+    "crossing": Suite(8, run_crossing, HARD_PAIRS, verdicts.of_crossing, figures.COLUMNS),
+    "delete": Suite(8, run_delete, [], none, figures.COLUMNS),
     "sequential": Suite(
-        12,
+        8,
         run_sequential,
         [(SEQUENCE_MATCH, AT_ONCE), (SEQUENCE_MATCH, SEQUENCE_SWAP)],
         verdicts.of_sequential,
@@ -248,17 +244,20 @@ SUITES = {
 # --- command line -----------------------------------------------------
 
 
-def run_suite(name: str, editor: Editor, seed: int, n: int | None) -> dict:
+def run_suite(name: str, run: Runner, seeds: Sequence[int], n: int | None) -> dict:
     """Runs and prints one suite; its part of the JSON report."""
     suite = SUITES[name]
-    n = n or suite.n
-    records = suite.run(editor, seed, n)
-    rows = figures.summarise(records, suite.columns | figures.METRICS)
-    comparisons = figures.compare(records, suite.pairs, seed)
+    n, records = n or suite.n, []
+    for seed in seeds:
+        run.seed = seed
+        records += suite.run(run, seed, n)
+    metrics = {} if name == "stability" else figures.METRICS
+    rows = figures.summarise(records, suite.columns | metrics)
+    comparisons = figures.compare(records, suite.pairs, seed=0)
     lines = suite.verdicts(rows, comparisons)
     inversion = figures.typical(records, "inversion_seconds")
-    print(f"\n\n=== {name}, n {n}: inversion {inversion:.1f} s a clip; s/clip holds only that before a second edit")
-    tables = [figures.format_rows(rows, columns) for columns in (suite.columns, figures.METRICS)]
+    print(f"\n\n=== {name}, n {n} of each seed: inversion {inversion:.1f} s a clip, not in s/clip")
+    tables = [figures.format_rows(rows, columns) for columns in (suite.columns, metrics) if columns]
     print(*tables, figures.format_comparisons(comparisons), "", *lines, sep="\n")
     report = {"n": n, "inversion_seconds": inversion, "rows": rows, "comparisons": comparisons}
     return report | {"verdicts": lines, "clips": records}
@@ -268,14 +267,15 @@ def parse_arguments() -> argparse.Namespace:
     default = Settings()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suite", choices=(*SUITES, "all"), default="main")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--n", type=int, help="clips of a suite's largest group, instead of its own number")
+    add_arguments(parser)
+    parser.add_argument("--n", type=int, help="clips of each group and seed, instead of a suite's own number")
     parser.add_argument("--json", type=Path, help="also write rows, intervals and every clip's figures here")
     parser.add_argument("--steps", type=int, default=default.steps)
     parser.add_argument("--cfg", type=float, default=default.cfg)
     parser.add_argument("--strength", type=float, default=default.strength, help="lambda of STR-Match")
     parser.add_argument("--end", type=float, default=default.end, help="percent of denoising where STR-Match ends")
-    parser.add_argument("--rule", choices=get_args(StepRule), default=default.rule, help="step rule of STR-Match")
+    parser.add_argument("--iterations", type=int, default=default.iterations, help="moves of STR-Match a step")
+    parser.add_argument("--paths", choices=get_args(Paths), default=default.paths, help="of the score")
     parser.add_argument("--layers", default=default.layers, help="blocks of STR-Match, empty: all but the finest")
     parser.add_argument("--dilation", type=float, default=default.dilation, help="of the true mask, in px")
     return parser.parse_args()
@@ -285,12 +285,12 @@ def main() -> int:
     arguments = parse_arguments()
     torch.set_num_threads(1)  # so that two runs fit two cores, and timings compare
     settings = Settings(**{field.name: getattr(arguments, field.name) for field in fields(Settings)})
-    print(f"seed {arguments.seed}, {described(settings)}")
-    report = {"seed": arguments.seed, "settings": asdict(settings), "suites": {}}
+    print(f"seeds {arguments.seed}, {described(settings)}")
+    report = {"seeds": arguments.seed, "settings": asdict(settings), "suites": {}}
     with torch.inference_mode():
-        editor = Editor(settings)
+        run = Runner(Editor(settings), store=arguments.store, processes=arguments.processes)
         for name in SUITES if arguments.suite == "all" else [arguments.suite]:
-            report["suites"][name] = run_suite(name, editor, arguments.seed, arguments.n)
+            report["suites"][name] = run_suite(name, run, arguments.seed, arguments.n)
             if arguments.json:  # after each suite: a long run that stops leaves what it had
                 arguments.json.write_text(json.dumps(report, indent=1), encoding="utf-8")
     return 0

@@ -293,11 +293,16 @@ def _window(options: dict) -> tuple[tuple[int, ...], int] | None:
     return shown_frames(window, options.get(RETAINED, ())), window.total_frames
 
 
+def has_anchor(window) -> bool:
+    """Whether a window of the host shows the frame before its own in front of them."""
+    anchor = getattr(window, "causal_anchor_index", None)
+    return anchor is not None and anchor >= 0
+
+
 def shown_frames(window, retained: Sequence[int]) -> tuple[int, ...]:
     """Latent frames of the clip that a window of the host shows, in its order; retained: frames that it shows at their
     own places, whatever else stood there."""
-    anchor = getattr(window, "causal_anchor_index", None)
-    frames = [*([] if anchor is None or anchor < 0 else [anchor]), *window.index_list]
+    frames = [*([window.causal_anchor_index] if has_anchor(window) else []), *window.index_list]
     for place in retained:
         frames[place] = place
     return tuple(frames)

@@ -35,7 +35,7 @@ class Plan:
     prompts: int = 2
     matching: bool = True
     layers: str = ""
-    iterations: int = 1
+    iterations: int = 2
     start: float = 0.0
     end: float = 1.0
 
@@ -120,7 +120,7 @@ def _probe(model, positive, latent: Tensor, sigmas: Tensor) -> Trajectory:
 
 def _matching_step(probe: Trajectory, latent: Tensor, plan: Plan) -> tuple[float, MatchedStep]:
     """Seconds of a step with STR matching, and what the last one reported."""
-    matching = RelevanceMatching(str_score_of(probe, plan.layers), 0.01, iterations=plan.iterations)
+    matching = RelevanceMatching(str_score_of(probe, plan.layers), iterations=plan.iterations)
     reports: list[MatchedStep] = []
 
     def matched(x, step):

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from ..core.parametrization import noise_fraction
 from ..core.trajectory import Trajectory
 from .animatediff import window_length
-from .attention_call import RETAINED, SOURCE_RUN, shown_frames
+from .attention_call import RETAINED, SOURCE_RUN, has_anchor, shown_frames
 from .attention_tap import ONE_GPU, AttentionTap, Listener, until_enough_seen
 from .families import AttentionKind
 from .latents import frame_count
@@ -87,11 +87,11 @@ class Window:
         return cond
 
     def own_frames(self, gradient: Tensor) -> Tensor:
-        """A gradient of the frames that it shows, 0 at those that stand in the place of others."""
-        if self.own is None or not self.handler.latent_retain_index_list:
+        """A gradient of its own frames, 0 at those that it shows beside them or in the place of others."""
+        if self.own is None:
             return gradient
-        places, dim = self.handler.latent_retain_index_list, self.own.dim
-        return gradient.index_fill(dim, torch.tensor(places, device=gradient.device), 0.0)
+        places = {*self.handler.latent_retain_index_list} | ({0} if has_anchor(self.own) else set())
+        return gradient.index_fill(self.own.dim, torch.tensor(sorted(places), device=gradient.device).long(), 0.0)
 
 
 def by_window(

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..core.masks import redraw_inside, to_latent_grid
+from ..core.polyak_step import polyak_move
 from ..core.relevance import AttentionFeatures, Paths, matching_loss
-from ..core.step_rules import Descent, StepRule
 from ..core.trajectory import Trajectory
 from .attention_call import ModelRun
 from .attention_tap import AttentionTap, Listener
@@ -27,8 +27,9 @@ from .sampling import Step
 
 log = logging.getLogger("spacetime_edit")
 
-STEPS_OF_LAMBDA = 50
-"""lambda is given for a schedule of 50 steps; other schedules move as far in total."""
+LARGEST_LAMBDA = 2.0
+LONGEST_MOVE = 0.5
+"""RMS of one move at most, in standard deviations of the latent."""
 
 DIRECT: Paths = "spatial-temporal"
 """The only form of a score that goes along no path."""
@@ -136,24 +137,27 @@ class MatchedStep:
 class RelevanceMatching:
     """Moves the target latent so that its STR score matches the source's, before the prediction of each step.
 
-    strength: lambda for 50 steps. start, end: percent of denoising in [0, 1] where it acts. task: "delete" and "add"
-    leave what lies inside the mask out of the score, so that nothing there must be matched, and move the latent outside
-    it only. memory: "low" keeps no activations (block checkpointing) and forms the score in small tiles; "auto" does
-    so when memory is short.
+    strength: lambda, how much of the way to a full match one move goes, see `core.polyak_step`. start, end: percent of
+    denoising in [0, 1] where it acts. iterations: moves a step. task: "change" moves the latent inside a mask, where
+    there is one; "delete" and "add" leave what lies inside the mask out of the score, so that nothing there must be
+    matched, and move the latent outside it only. memory: "low" keeps no activations (block checkpointing) and forms the
+    score in small tiles; "auto" does so when memory is short.
     """
 
     score: STRScore
-    strength: float
+    strength: float = 1.0
     start: float = 0.0
     end: float = 1.0
     iterations: int = 1
-    rule: StepRule = "normalised"
     task: Task = "change"
     memory: MemoryMode = "auto"
 
     def __post_init__(self):
-        if not 0 <= self.strength <= 1:
-            raise ValueError(f"lambda: it is {self.strength}; expected a number from 0 to 1 (0.01 is the method's own)")
+        if not 0 <= self.strength <= LARGEST_LAMBDA:
+            raise ValueError(
+                f"lambda: it is {self.strength}; expected a share of the way to a full match, from 0 (none) to "
+                f"{LARGEST_LAMBDA:g} (1: all of it)"
+            )
         check_window(self.start, self.end)
 
     def with_strength(self, strength: float) -> "RelevanceMatching":
@@ -172,12 +176,10 @@ class RelevanceMatching:
         if self.strength == 0 or not self.start <= step.percent <= self.end:
             return x
         run = step.run.memo.setdefault(self, _MatchingRun(self))
-        strength = self.strength * STEPS_OF_LAMBDA / self.score.trajectory.schedule_steps
-        descent = Descent(strength=strength, scale=step.space.latent_scale(step.sigma), rule=self.rule)
         cosines = []
         for _ in range(self.iterations):
-            loss, gradient = run.gradient(x, step)
-            x = descent.step(x, loss, gradient)
+            loss, move = run.move(x, step)
+            x = x + move
             cosines.append(-loss)
         report = MatchedStep(step.percent, tuple(cosines), run.take.memory, run.take.low_memory)
         step.run.records.append(report)
@@ -220,8 +222,9 @@ class _MatchingRun:
         self._last_layer: str | None = None
         self._whole: tuple[int, _Source] | None = None  # of the clip without windows, for all iterations of a step
 
-    def gradient(self, x: Tensor, step: Step) -> tuple[float, Tensor]:
-        """(loss, d loss / d x); in context windows each window's, blended."""
+    def move(self, x: Tensor, step: Step) -> tuple[float, Tensor]:
+        """(loss, what to add to x); in context windows each window's, blended."""
+        longest = LONGEST_MOVE * float(step.space.latent_scale(step.sigma))
         conds = {TARGET: step.run.guider.conds["positive"], SOURCE: step.run.source_conds}
 
         def of_window(window: Window) -> tuple[float, Tensor]:
@@ -235,10 +238,12 @@ class _MatchingRun:
             patcher = step.run.guider.model_patcher
             asked = ModelCall(step.run.base_model, patcher, cond, step.sigma, options, step.index + 1)
             made = self.take(asked, window.of(x), recorder, {LOSS: partial(self._loss, source, recorder)})
-            slope = window.own_frames(made.gradients[LOSS])
-            if self._matching.task in NEW_CONTENT:  # what still reaches the inside comes by the receptive field
-                slope = slope * (1 - mask_like(window.of_mask(step.mask), slope))
-            return made.losses[LOSS], slope
+            loss, gradient = made.losses[LOSS], made.gradients[LOSS]
+            direction = window.own_frames(gradient)
+            if step.mask is not None:  # of new content, what still reaches the inside comes by the receptive field
+                inside = mask_like(window.of_mask(step.mask), gradient)
+                direction = direction * (1 - inside if self._matching.task in NEW_CONTENT else inside)
+            return loss, polyak_move(loss, gradient, direction, share=self._matching.strength, longest=longest)
 
         return by_window(x, step.sigma, step.run.base_model, step.run.model_options, conds, 1, of_window)
 

@@ -24,16 +24,15 @@ class STRLatentOptimizer(io.ComfyNode):
                     tooltip="What to match, from Capture STR Score. The weights of the guider's model, with its LoRA, "
                     "serve for the clip and for the edit.",
                 ),
-                io.Float.Input(
+                fraction(
                     "strength",
+                    1.0,
                     display_name="lambda",
-                    default=0.01,
-                    min=0.0,
-                    max=1.0,
-                    step=0.001,
-                    round=0.00001,
-                    tooltip="Step size in units of the latent's standard deviation, for 50 steps. Smaller follows the "
-                    "new prompt more, larger keeps motion and background more. 0 is a plain prompt swap.",
+                    max=2.0,
+                    step=0.05,
+                    tooltip="How much of the way to the source's motion and layout each move goes: 1 is as far as a "
+                    "full match asks for, less follows the new prompt more, up to 2 holds the source more. 0 is a "
+                    "plain prompt swap.",
                 ),
                 io.Combo.Input(
                     "task",
@@ -56,20 +55,11 @@ class STRLatentOptimizer(io.ComfyNode):
                 *mask_inputs(),
                 io.Int.Input(
                     "iterations",
-                    default=1,
+                    default=2,
                     min=1,
                     max=10,
-                    advanced=True,
-                    tooltip="Optimisation steps before each denoising step. The method uses 1; each costs about three "
-                    "model calls.",
-                ),
-                io.Combo.Input(
-                    "step_rule",
-                    options=["normalised", "adam", "plain"],
-                    default="normalised",
-                    advanced=True,
-                    tooltip="normalised: every step has the length lambda. adam: Adam with rate lambda, for several "
-                    "iterations. plain: lambda times the raw gradient, which is tiny.",
+                    tooltip="Moves before each denoising step. 2 hold the motion more surely than 1; each costs about "
+                    "three model calls.",
                 ),
                 io.Combo.Input(
                     "memory",
@@ -101,13 +91,12 @@ class STRLatentOptimizer(io.ComfyNode):
         *,
         start_percent,
         end_percent,
-        step_rule,
         **settings,
     ):
         from ..host.relevance_matching import NEW_CONTENT, RelevanceMatching, redraw_noise
         from ..host.sampling import TrajectorySampler
 
-        matching = RelevanceMatching(score, strength, start=start_percent, end=end_percent, rule=step_rule, **settings)
+        matching = RelevanceMatching(score, strength, start=start_percent, end=end_percent, **settings)
         before_step = [redraw_noise, matching] if matching.task in NEW_CONTENT else [matching]
         if continue_from_latent:  # the first model has drawn the new noise
             before_step = [matching]

@@ -21,8 +21,8 @@ class SweepLambda(io.ComfyNode):
                 io.Sampler.Input("sampler", tooltip="The sampler of STR Latent Optimizer; its lambda is replaced."),
                 io.String.Input(
                     "lambdas",
-                    default="0, 0.005, 0.01, 0.015",
-                    tooltip="Values from 0 to 1, with commas between. 0 is the plain prompt swap.",
+                    default="0, 0.5, 1, 1.5",
+                    tooltip="Values from 0 to 2, with commas between. 0 is the plain prompt swap.",
                 ),
             ],
             outputs=[
@@ -34,7 +34,7 @@ class SweepLambda(io.ComfyNode):
                 io.String.Output(
                     display_name="labels",
                     is_output_list=True,
-                    tooltip='One text a value, such as "lambda 0.01", for file names and titles.',
+                    tooltip='One text a value, such as "lambda 0.5", for file names and titles.',
                 ),
             ],
         )
@@ -61,11 +61,15 @@ class SweepLambda(io.ComfyNode):
 
 
 def parse_lambdas(text: str) -> list[float]:
-    """The numbers of "0, 0.01"; ValueError for anything that is not a list of numbers from 0 to 1."""
+    """The numbers of "0, 0.5"; ValueError for anything that is not a list of numbers from 0 to 2."""
+    from ..host.relevance_matching import LARGEST_LAMBDA
+
     try:
         values = [float(part) for part in text.split(",") if part.strip()]
     except ValueError:
         values = []
-    if not values or not all(0 <= value <= 1 for value in values):
-        raise ValueError(f"lambdas: {text!r}; expected numbers from 0 to 1 with commas between, such as 0.005, 0.01")
+    if not values or not all(0 <= value <= LARGEST_LAMBDA for value in values):
+        raise ValueError(
+            f"lambdas: {text!r}; expected numbers from 0 to {LARGEST_LAMBDA:g} with commas between, such as 0.5, 1"
+        )
     return values

@@ -154,7 +154,7 @@ def str_match(block: Block) -> None:
     steps = block.take("steps", "INT", 50)
     trajectory = inversion(graph, model, source, latent["LATENT"], steps)
     graph.column()
-    options = {"strength": block.take("lambda", "FLOAT", 0.01), "dilation": block.take("dilation", "FLOAT", 16.0)}
+    options = {"strength": block.take("lambda", "FLOAT", 1.0), "dilation": block.take("dilation", "FLOAT", 16.0)}
     sampler = str_sampler(graph, trajectory, mask=clip["mask"], **options)
     inverted = Source(model, latent["LATENT"], trajectory)
     edit = sample(graph, inverted, (positive, negative), sampler["sampler"], block.take("cfg", "FLOAT", 7.5))

@@ -99,8 +99,7 @@ Press **Run**: the red circle becomes a square. {NOTHING_NEEDED}
 2. **Capture STR Score** chooses what to keep: which pixel is related to which, from frame to frame.
 3. **STR Latent Optimizer** runs forwards with a new prompt and pulls every step towards those relations.
 
-**STR Cosine Curve** shows how well they match at each step: less while the new prompt takes hold, then more. This \
-tiny model wants a large **lambda** ({TINY_LAMBDA:g}). Start real models at 0.01.""",
+**STR Cosine Curve** shows how well they match at each step: less while the new prompt takes hold, then more.""",
     "str_match_mask": f"""## STR-Match with a mask
 Press **Run**: the red circle becomes a square, and all that lies outside the mask stays as it was. {NOTHING_NEEDED}
 
@@ -254,8 +253,8 @@ Press **Run**: one film shows the clip and four edits of it. {NOTHING_NEEDED}
 1. **Sweep Lambda** makes a sampler for each value.
 2. All that follows runs once for each, in order, up to *Two by two*, which sets the films side by side.
 
-Left to right, top to bottom: {COMPARED_LAMBDAS}. 0 is the plain prompt swap, which loses the way of the circle; the \
-last is too large and damages the picture.""",
+Left to right, top to bottom: {COMPARED_LAMBDAS}. 0 is the plain prompt swap, which loses the way of the circle; \
+at 1 each move goes all the way to a match, as far as can be foreseen.""",
     "measured": f"""## Measure an edit
 Press **Run**: the circle becomes a square, and **Video Edit Metrics** says in numbers how steady it is, how well it \
 moves as the clip does and what of the background is left. {NOTHING_NEEDED}
@@ -362,7 +361,7 @@ TRY_REGIONS = """### Try
 def tried(*more: str) -> str:
     """What to try with STR-Match on a transformer."""
     lines = (
-        "**lambda** 0.005 to 0.05. Smaller: more of the prompt. Larger: more of the clip's motion and background.",
+        "**lambda** 0.5 to 1.5. Smaller: more of the prompt. Larger: more of the clip's motion and background.",
         "**steps** 20 in *Invert Video* for a first look, 50 for the result.",
         "**layers** *b0* in *Capture STR Score* if memory is short: one block less to match.",
         *more,
@@ -378,7 +377,7 @@ TRY = {
 - another **clip**: 04 to 07 have two objects.
 - connect **mask_1** to *Sample from Trajectory*, with **dilation** 4: the background stays.""",
     "str_match": f"""### Try
-- **lambda** {TINY_LAMBDA:g} -> 0.02: the prompt counts more; look at the curve too. Larger: motion and background \
+- **lambda** {TINY_LAMBDA:g} -> 0.5: the prompt counts more; look at the curve too. Larger: motion and background \
 stay more. (At 0 there is no match and no curve: that is the template *prompt swap*.)
 - **edit** 1 and 3 in *Load Example Clip*: other prompts for the same clip.
 - another **clip**: 04 to 07 have two objects.
@@ -480,7 +479,7 @@ stay more. (At 0 there is no match and no curve: that is the template *prompt sw
     "one_block": """### Try
 - **mask_1** of *Load Example Clip* on **mask** of the block: the rest of the picture stays.
 - **lambda** 0: a prompt swap.
-- a model of your own in its place: then **lambda** 0.01 and **steps** 50.""",
+- a model of your own in its place: then **steps** 50.""",
     "compared": """### Try
 - a third edit: connect its *VAE Decode* to the free input of *Compare Edits* and add a line to **names**.
 - *Load CLIP Vision* and a CLIP of the same model on it: text alignment, frame consistency, Q-edit.
@@ -490,7 +489,7 @@ stay more. (At 0 there is no match and no curve: that is the template *prompt sw
 - another prompt there: it names what differs, instead of a bad edit.
 - *Sample from Trajectory* behind it: a plain prompt swap.""",
     "lavie": """### Try
-- **lambda** 0.005 to 0.05. Smaller: more of the prompt. Larger: more of the clip's motion and background.
+- **lambda** 0.5 to 1.5. Smaller: more of the prompt. Larger: more of the clip's motion and background.
 - **layers** *m0* in *Capture STR Score* if memory is short.
 - an SD 1.5 finetune for its CLIP and VAE; LoRAs of SD 1.5 fit the model's spatial layers.
 - a **mask** (white = edit) on *Fit Clip to Model*, from there to *STR Latent Optimizer*: the rest of the picture \
@@ -504,7 +503,7 @@ stays.""",
         "**weight_dtype** *fp8_e4m3fn* in *Load CogVideoX*: a quarter of the memory of fp32, and less exact."
     ),
     "animatediff": """### Try
-- **lambda** 0.005 to 0.05. Smaller: more of the prompt. Larger: more of the clip's motion and background.
+- **lambda** 0.5 to 1.5. Smaller: more of the prompt. Larger: more of the clip's motion and background.
 - **layers** *m0* in *Capture STR Score* if memory is short.
 - a finetune of SD 1.5 in the style that you want, and its LoRAs.
 - a **mask** (white = edit) on *Fit Clip to Model*, from there to *STR Latent Optimizer*: the rest of the picture \
@@ -515,7 +514,7 @@ stays.""",
 - masks by SAM3 instead of boxes: *Run SAM3 Video Track* and *Regions from Masks*, as in the template for SD 1.5.
 - *STR Latent Optimizer* in place of *Sample from Trajectory*: motion is held too.""",
     "zeroscope": """### Try
-- **lambda** 0.005 to 0.05. Smaller: more of the prompt. Larger: more of the clip's motion and background.
+- **lambda** 0.5 to 1.5. Smaller: more of the prompt. Larger: more of the clip's motion and background.
 - **steps** 20 in *Invert Video* for a first look, 50 for the result.
 - a **mask** (white = edit) on *Fit Clip to Model*, from there to *STR Latent Optimizer*: the rest of the picture stays.
 - Both prompts alike but for the object work best.

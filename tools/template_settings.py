@@ -9,7 +9,7 @@ TINY_SIDE = 64  # pixels of an example clip
 TINY_FRAMES = 8
 TINY_STEPS = 20
 TINY_CFG = 4.0
-TINY_LAMBDA = 0.08
+TINY_LAMBDA = 1.0
 TINY_END = 0.8
 TINY_DILATION = 4.0
 TINY_MATCHING = {"strength": TINY_LAMBDA, "end_percent": TINY_END, "dilation": TINY_DILATION}
@@ -17,7 +17,7 @@ TINY_MATCHING = {"strength": TINY_LAMBDA, "end_percent": TINY_END, "dilation": T
 ONE_OBJECT = "clip_00 - a red circle on a gray background"
 NEW_SHAPE, NEW_COLOR = 2, 1  # of its prompts: a red square, a blue circle
 IN_THE_OBJECT = {"x": 17, "y": 22, "frame": 0}
-COMPARED_LAMBDAS = "0, 0.02, 0.08, 0.15"
+COMPARED_LAMBDAS = "0, 0.25, 0.5, 1"
 
 ZEROSCOPE = "zeroscope_v2_576w"
 ZEROSCOPE_URL = "https://huggingface.co/cerspense/zeroscope_v2_576w"

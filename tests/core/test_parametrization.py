@@ -10,7 +10,7 @@ from spacetime_edit.core.parametrization import (
     noise_fraction,
     predicted_noise,
 )
-from spacetime_edit.core.step_rules import Descent
+from spacetime_edit.core.polyak_step import polyak_move
 
 VE, RF, VP = NoiseSpace.VE, NoiseSpace.RF, NoiseSpace.VP
 LEVELS = torch.tensor([20.0, 8.0, 3.0, 1.2, 0.5, 0.2, 0.0], dtype=torch.float64)  # s / a, the same in every space
@@ -61,16 +61,15 @@ def similarity_gradient(space, sigma):
     return gradient
 
 
-def generate(start, space, iterations=0, **options):
+def generate(start, space, iterations=0, share=1.0):
     """Latents in clean scale after every step, from `start` in clean scale."""
     sigmas = sigma_of(LEVELS.to(start), space)
     x = start * space.signal_and_noise(sigmas[0])[0]
     seen = []
     for now, then in zip(sigmas[:-1], sigmas[1:], strict=True):
-        if iterations:
-            descent = Descent(scale=space.latent_scale(now), **options)
-            for _ in range(iterations):
-                x = descent.step(x, *similarity_gradient(space, now)(x))
+        for _ in range(iterations):
+            loss, gradient = similarity_gradient(space, now)(x)
+            x = x + polyak_move(float(loss), gradient, share=share, longest=0.5 * float(space.latent_scale(now)))
         x = ddim_step(x, denoiser(space)(x, now), now, then, space)
         seen.append(x / space.signal_and_noise(then)[0])
     return torch.stack(seen)
@@ -164,9 +163,8 @@ def test_the_last_step_gives_the_prediction_itself():
 
 GUIDANCE = {
     "plain sampling": {},
-    "normalised": dict(strength=0.05, iterations=1),
-    "adam": dict(strength=0.03, rule="adam", iterations=3),
-    "plain": dict(strength=0.3, rule="plain", iterations=2),
+    "one move": dict(share=0.02, iterations=1),
+    "three moves": dict(share=0.01, iterations=3),
 }
 
 

@@ -1072,7 +1072,7 @@ def moved_at_first(graph, model, trajectory, x):
         seen.append(y - x)
         return x
 
-    matching = RelevanceMatching(str_score_of(trajectory), 1e-3, rule="plain")
+    matching = RelevanceMatching(str_score_of(trajectory), 0.1)
     sampler = TrajectorySampler(trajectory, before_step=[give, matching, keep])
     guider, empty = support.guider_of(model, graph.family.conditioning(1)), torch.zeros(trajectory.shape)
     out = guider.sample(empty, empty, sampler, trajectory.sigmas, disable_pbar=True, seed=0)
@@ -1095,8 +1095,10 @@ def test_matching_in_windows_blends_what_each_window_says(graph, options):
         cut = replace(plain, latents=plain.latents.index_select(dim, torch.tensor(frames)))
         moved, each = moved_at_first(graph, model, cut, frames_of(x, frames, family))
         moved = frames_of(moved, list(range(len(frames))), family)
-        for place in retained:
+        whole = moved.square().sum()  # moves lie along the gradient
+        for place in [*retained, *range(anchor)]:
             moved.index_fill_(dim - 1, torch.tensor([place]), 0.0)
+        moved *= whole / moved.square().sum()  # the rest goes as far towards the match
         parts.append((own, weights, frames_of(moved, list(range(anchor, len(frames))), family)))
         cosines.append(each)
     assert cosine == pytest.approx(sum(cosines) / len(cosines), abs=1e-5)
@@ -1204,7 +1206,7 @@ def test_split_prompts_go_to_their_windows(graph):
 
     def moved(model, trajectory, positive, x):
         seen = []
-        matching = RelevanceMatching(str_score_of(trajectory), 1e-3, rule="plain")
+        matching = RelevanceMatching(str_score_of(trajectory), 0.1)
         steps = [lambda _, step: x, matching, lambda y, step: (seen.append(y - x), x)[1]]
         sampler, empty = TrajectorySampler(trajectory, before_step=steps), torch.zeros(trajectory.shape)
         guider = support.guider_of(model, positive)

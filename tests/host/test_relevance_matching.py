@@ -43,7 +43,7 @@ def trajectory(tiny):
         return invert(tiny.model, support.encode(tiny), latent, sigmas, refinements=0)
 
 
-def sampler(trajectory, form=None, mask=None, strength=0.002, **options):
+def sampler(trajectory, form=None, mask=None, strength=0.2, **options):
     matching = RelevanceMatching(str_score_of(trajectory, **(form or {})), strength, **options)
     return TrajectorySampler(trajectory, mask=mask, before_step=[matching])
 
@@ -178,7 +178,7 @@ def test_a_run_is_remembered_by_what_it_made(trajectory, edit, tiny):
 
 
 def test_the_recorded_cosines_rise_within_a_step(trajectory, edit):
-    matched = sampler(trajectory, strength=2e-4, iterations=4, start=0.4)
+    matched = sampler(trajectory, strength=0.02, iterations=4, start=0.4)
     (record,) = matched.records_of(run(matched, edit))
     assert list(record.cosines) == sorted(record.cosines)
 

@@ -47,8 +47,8 @@ class Graph:
         return SampleFromTrajectory.execute(**{**given, **inputs}).result[0]
 
     def optimise(self, score, **inputs):
-        window = dict(start_percent=0.0, end_percent=1.0, iterations=1, step_rule="normalised")
-        given = dict(score=score, strength=0.01, dilation=0.0, blend="trajectory", **window)
+        window = dict(start_percent=0.0, end_percent=1.0, iterations=1)
+        given = dict(score=score, strength=1.0, dilation=0.0, blend="trajectory", **window)
         return STRLatentOptimizer.execute(**{**given, **inputs}).result[0]
 
     def run(self, sampler, sigmas, guider=None, latent=None):
@@ -197,10 +197,10 @@ def test_unknown_blocks(graph, inverted, layers):
         CaptureSTRScore.execute(inverted[0], layers, 1)
 
 
-@pytest.mark.parametrize("strength", [float("nan"), float("inf"), -0.01, 1.01])
+@pytest.mark.parametrize("strength", [float("nan"), float("inf"), -0.01, 2.01])
 def test_a_wrong_lambda(graph, inverted, strength):
     score = CaptureSTRScore.execute(inverted[0], "", 1).result[0]
-    with refused(graph, "^lambda: it is .*; expected a number from 0 to 1"):
+    with refused(graph, "^lambda: it is .*; expected a share of the way to a full match, from 0"):
         graph.optimise(score, strength=strength)
 
 
@@ -336,8 +336,8 @@ def executor(monkeypatch):
 
 def prompt_of(**optimizer):
     """A whole edit in the API's form; STR Latent Optimizer is node 8."""
-    inputs = {"score": ["7", 0], "strength": 0.01, "start_percent": 0.0, "end_percent": 1.0, "mask": ["2", 1]}
-    inputs |= {"dilation": 4.0, "blend": "trajectory", "iterations": 1, "step_rule": "normalised"}
+    inputs = {"score": ["7", 0], "strength": 1.0, "start_percent": 0.0, "end_percent": 1.0, "mask": ["2", 1]}
+    inputs |= {"dilation": 4.0, "blend": "trajectory", "iterations": 1}
     inputs |= {"task": "change", "memory": "low", **optimizer}
     form = {"paths": "both", "direction": "one way", "per_pair": True}
     clip = LoadExampleClip.define_schema().inputs[0].options[0]
@@ -372,9 +372,9 @@ def test_a_whole_graph_runs_in_the_host(executor):
 
 
 def test_the_host_refuses_values_outside_the_widgets(executor):
-    success, errors, _ = executor(prompt_of(strength=-1.0, step_rule="sideways"))
+    success, errors, _ = executor(prompt_of(strength=-1.0, task="sideways"))
     assert not success
-    assert {error["extra_info"]["input_name"] for error in errors["8"]["errors"]} == {"strength", "step_rule"}
+    assert {error["extra_info"]["input_name"] for error in errors["8"]["errors"]} == {"strength", "task"}
 
 
 @pytest.mark.parametrize(

@@ -43,16 +43,16 @@ def test_a_sweep_gives_the_edits_of_its_lambdas(graph, inverted):
     score = CaptureSTRScore.execute(trajectory, "", 1).result[0]
     mask = torch.zeros(1, SIDE, SIDE)
     mask[:, :, :4] = 1
-    samplers, labels = SweepLambda.execute(graph.optimise(score, mask=mask), "0, 0.02").result
-    assert labels == ["lambda 0", "lambda 0.02"]
-    for sampler, strength in zip(samplers, (0.0, 0.02), strict=True):
+    samplers, labels = SweepLambda.execute(graph.optimise(score, mask=mask), "0, 0.5").result
+    assert labels == ["lambda 0", "lambda 0.5"]
+    for sampler, strength in zip(samplers, (0.0, 0.5), strict=True):
         single = graph.run(graph.optimise(score, strength=strength, mask=mask), sigmas)
         assert torch.equal(graph.run(sampler, sigmas), single)
 
 
-@pytest.mark.parametrize("text", ["", "a, b", "0.01, -1", "2", "nan", "0.01; 0.02"])
+@pytest.mark.parametrize("text", ["", "a, b", "0.01, -1", "2.1", "nan", "0.01; 0.02"])
 def test_lambdas_that_are_none(text):
-    with pytest.raises(ValueError, match="^lambdas: .*expected numbers from 0 to 1 with commas between"):
+    with pytest.raises(ValueError, match="^lambdas: .*expected numbers from 0 to 2 with commas between"):
         parse_lambdas(text)
     assert "expected numbers" in SweepLambda.validate_inputs(text)
 

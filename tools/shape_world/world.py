@@ -83,7 +83,8 @@ class Description(NamedTuple):
 
 @dataclass(frozen=True)
 class Object:
-    """A shape in motion. radius: px; centres: F points (x, y); jitter: added to its colour; stripe: as in `Pair`."""
+    """A shape in motion. radius: px, in the middle of the clip; centres: F points (x, y); jitter: added to its colour;
+    stripe: as in `Pair`; growth: the radius at the end over that at the start, an equal factor a frame."""
 
     colour: str
     shape: str
@@ -91,6 +92,12 @@ class Object:
     centres: tuple[tuple[float, float], ...]
     jitter: RGB = (0.0, 0.0, 0.0)
     stripe: str = ""
+    growth: float = 1.0
+
+    @property
+    def radii(self) -> Tensor:
+        """Of each frame, (F, 1, 1)."""
+        return self.radius * self.growth ** torch.linspace(-0.5, 0.5, len(self.centres))[:, None, None]
 
 
 @dataclass(frozen=True)
@@ -200,14 +207,14 @@ def object_mask(obj: Object) -> Tensor:
     """Anti-aliased coverage in [0, 1], (F, 64, 64)."""
     x, y = pixel_grid()
     centres = torch.tensor(obj.centres)[:, :, None, None]
-    return torch.sigmoid(-EDGE_SHARPNESS * signed_distance(obj.shape, x - centres[:, 0], y - centres[:, 1], obj.radius))
+    return torch.sigmoid(-EDGE_SHARPNESS * signed_distance(obj.shape, x - centres[:, 0], y - centres[:, 1], obj.radii))
 
 
 def stripe_mask(obj: Object) -> Tensor:
     """The part of `object_mask` that is the object's band, (F, 64, 64)."""
     _, y = pixel_grid()
     height = y - torch.tensor(obj.centres)[:, 1, None, None]
-    return object_mask(obj) * torch.sigmoid(-EDGE_SHARPNESS * (height.abs() - STRIPE_HALF_WIDTH * obj.radius))
+    return object_mask(obj) * torch.sigmoid(-EDGE_SHARPNESS * (height.abs() - STRIPE_HALF_WIDTH * obj.radii))
 
 
 def background_image(scene: Scene) -> Tensor:
