@@ -36,7 +36,7 @@ class Settings:
     steps: int = 20
     cfg: float = 4.0
     strength: float = 1.0
-    iterations: int = 2
+    iterations: int = 3
     end: float = 0.8
     layers: str = ""
     paths: str = "spatial-temporal"

@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 class Runner:
     """seed: of the clips that are run next; store: a file of records, one JSON a line; processes: None: one a core.
 
-    about: what else decides the figures of its methods.
+    about: what else decides the figures of its methods; only: names of methods, of which no others run.
     """
 
     editor: Editor
@@ -59,6 +59,7 @@ class Runner:
     store: Path | None = None
     processes: int | None = None
     about: Mapping = field(default_factory=dict)
+    only: Sequence[str] = ()
     _kept: dict[str, dict] = field(default_factory=dict)
 
     def __post_init__(self):
@@ -70,6 +71,7 @@ class Runner:
     def __call__(self, cases: Sequence, methods: Mapping[str, Callable], measure: Callable[..., dict]) -> list[dict]:
         """One record a case and method; the methods of a case share one inversion, whose time is not theirs."""
         global _job
+        methods = {name: method for name, method in methods.items() if name in self.only or not self.only}
         _job = self, cases, methods, measure
         records = []
         for number, found in enumerate(self._by_case(len(cases))):

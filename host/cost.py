@@ -35,7 +35,7 @@ class Plan:
     prompts: int = 2
     matching: bool = True
     layers: str = ""
-    iterations: int = 2
+    iterations: int = 3
     start: float = 0.0
     end: float = 1.0
 

@@ -60,7 +60,7 @@ class PredictCost(io.ComfyNode):
                 io.String.Input("layers", default="", advanced=True, tooltip="As in Capture STR Score."),
                 io.Int.Input(
                     "iterations",
-                    default=2,
+                    default=3,
                     min=1,
                     max=10,
                     advanced=True,
