@@ -60,7 +60,7 @@ def of_str(editor: Editor, latent: torch.Tensor) -> list[traceback.FrameSummary]
     trajectory = invert(editor.model, editor.prompt(PROMPTS[0]), latent, sigmas, refinements=0)
     guider = comfy.samplers.CFGGuider(editor.model)
     guider.inner_set_conds({"positive": editor.prompt(PROMPTS[1])})
-    sampler = TrajectorySampler(trajectory, before_step=[RelevanceMatching(str_score_of(trajectory), 1e-3)])
+    sampler = TrajectorySampler(trajectory, before_step=[RelevanceMatching(str_score_of(trajectory))])
     empty = torch.zeros(trajectory.shape)
     return stack_at(
         relevance_matching, "matching_loss", lambda: guider.sample(empty, empty, sampler, sigmas, disable_pbar=True)

@@ -430,7 +430,7 @@ SMALL_WAN = {"dim": 128, "ffn_dim": 64, "num_heads": 1, "num_layers": 3, "text_d
 
 
 def matched_rows(clip: WanClip, what: str, memory: str) -> Rows:
-    matching = RelevanceMatching(str_score_of(clip.trajectory), 0.01, memory=memory)
+    matching = RelevanceMatching(str_score_of(clip.trajectory), memory=memory)
     watched = Watched(matching)
     step, _ = peak_of(lambda: clip.step_seconds(before=[watched]))
     predicted = (clip.model.model_size() + watched.report.memory.total(watched.report.checkpointing)) / GIB

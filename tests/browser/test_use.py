@@ -115,7 +115,7 @@ def test_a_block_is_dropped_and_does_what_its_nodes_do(browser, live_server):
         const block = app.graph.nodes[0];
         const [model, clip, save] = ['STE_LoadVideoDiffusersModel', 'STE_LoadExampleClip', 'SaveImage'].map(add);
         set(clip, {clip: 'clip_00 - a red circle on a gray background', edit: 2});
-        set(block, {source_prompt: 'a red circle on a gray background', lambda: 0.08, steps: 4, cfg: 4,
+        set(block, {source_prompt: 'a red circle on a gray background', lambda: 1.0, steps: 4, cfg: 4,
                     edit_prompt: 'a red square on a gray background'});
         ['model', 'clip', 'vae'].forEach((name, slot) => model.connect(slot, block, block.findInputSlot(name)));
         clip.connect(clip.findOutputSlot('images'), block, block.findInputSlot('images'));
