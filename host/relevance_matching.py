@@ -312,9 +312,11 @@ class _MatchingRun:
             return {path: 1 - to_latent_grid(mask, *grid[1:]).flatten(1) for path, grid in recorder.grids.items()}
 
     def _loss(self, source: _Source, recorder: FeatureRecorder) -> Tensor:
-        target = recorder.features
+        """The mean over the layers; not those in which the mask hides everything, whose loss could not fall."""
+        target, features = recorder.features, source.features
+        left = {path: own for path, own in features.items() if path not in source.weights or source.weights[path].any()}
         losses, stop = [], management.throw_exception_if_processing_interrupted
-        for path, own in source.features.items():
+        for path, own in (left or features).items():
             rows, weight = small_tile(own) if self.take.low_memory else None, source.weights.get(path)
             losses.append(matching_loss(own, target[path], rows=rows, weight=weight, on_tile=stop, **self._score.form))
         return torch.stack(losses).mean()

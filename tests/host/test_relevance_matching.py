@@ -160,6 +160,19 @@ def test_a_mask_of_everything_leaves_delete_nothing_to_match(trajectory, edit):
     assert torch.equal(result, run(TrajectorySampler(trajectory), edit))
 
 
+def test_layers_in_which_the_mask_hides_everything_do_not_count(trajectory, edit):
+    """One cell of each quadrant: of grids of 2 x 2 nothing is left, of those of 4 x 4 most. What is left of the loss is
+    what those can still match, or every move would be too long."""
+    mask = torch.zeros(1, SIDE, SIDE)
+    mask[:, ::4, ::4] = 1
+    found = []
+    for form in (None, {"layers": "d1,u2-u3"}):
+        matched = sampler(trajectory, form, mask=mask, task="delete", end=0.1)
+        found.append((samples := run(matched, edit), matched.records_of(samples)[0].cosines[0]))
+    assert found[0][1] == pytest.approx(found[1][1], abs=1e-6)
+    assert support.relative(found[0][0], found[1][0]) <= 1e-4
+
+
 # records
 
 
