@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..core.masks import redraw_inside, to_latent_grid
-from ..core.polyak_step import polyak_move
+from ..core.polyak_step import ROUNDING, polyak_move
 from ..core.relevance import AttentionFeatures, Paths, matching_loss
 from ..core.trajectory import Trajectory
 from .attention_call import ModelRun
@@ -243,7 +243,9 @@ class _MatchingRun:
             if step.mask is not None:  # of new content, what still reaches the inside comes by the receptive field
                 inside = mask_like(window.of_mask(step.mask), gradient)
                 direction = direction * (1 - inside if self._matching.task in NEW_CONTENT else inside)
-            return loss, polyak_move(loss, gradient, direction, share=self._matching.strength, longest=longest)
+            of_dtype = torch.finfo(step.run.base_model.get_dtype_inference()).eps ** 2  # what rounding does to a cosine
+            options = {"share": self._matching.strength, "longest": longest, "rounding": max(ROUNDING, of_dtype)}
+            return loss, polyak_move(loss, gradient, direction, **options)
 
         return by_window(x, step.sigma, step.run.base_model, step.run.model_options, conds, 1, of_window)
 

@@ -202,7 +202,7 @@ def run_str(graph):
         moved.append(x.clone())
         return x
 
-    matching = RelevanceMatching(str_score_of(trajectory), max(graph.family.step, 1e-3))
+    matching = RelevanceMatching(str_score_of(trajectory))
     sampler = TrajectorySampler(trajectory, before_step=[give, matching, keep], say=graph.said.append)
     empty = torch.zeros(trajectory.shape)
     graph.guided().sample(empty, empty, sampler, trajectory.sigmas, disable_pbar=True, seed=0)

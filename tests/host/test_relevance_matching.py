@@ -373,7 +373,9 @@ def test_predicted_time_is_that_of_a_run(tiny, trajectory, edit, monkeypatch):
     """On a clock that counts floating point operations: seconds of a busy machine prove nothing."""
     with FlopCounterMode(display=False) as work:
         monkeypatch.setattr(cost_module, "perf_counter", work.get_total_flops)
-        cost = predict_cost(tiny.model, edit, torch.randn(trajectory.shape), Plan(steps=10, prompts=1), "simple")
+        cost = predict_cost(
+            tiny.model, edit, torch.randn(trajectory.shape), Plan(steps=10, prompts=1, iterations=1), "simple"
+        )
     sampling = tiny.model.get_model_object("model_sampling")
     sigmas = comfy.samplers.calculate_sigmas(sampling, "simple", 10)
     with FlopCounterMode(display=False) as work:
