@@ -28,6 +28,7 @@ from .sampling import Step
 log = logging.getLogger("spacetime_edit")
 
 LARGEST_LAMBDA = 2.0
+MOST_ROUNDING = 1e-4
 LONGEST_MOVE = 0.5
 """RMS of one move at most, in standard deviations of the latent."""
 
@@ -243,8 +244,9 @@ class _MatchingRun:
             if step.mask is not None:  # of new content, what still reaches the inside comes by the receptive field
                 inside = mask_like(window.of_mask(step.mask), gradient)
                 direction = direction * (1 - inside if self._matching.task in NEW_CONTENT else inside)
-            of_dtype = torch.finfo(step.run.base_model.get_dtype_inference()).eps ** 2  # what rounding does to a cosine
-            options = {"share": self._matching.strength, "longest": longest, "rounding": max(ROUNDING, of_dtype)}
+            eps = torch.finfo(step.run.base_model.get_dtype_inference()).eps
+            rounding = min(max(ROUNDING, eps**2), MOST_ROUNDING)  # a cosine feels the square of what its vectors do
+            options = {"share": self._matching.strength, "longest": longest, "rounding": rounding}
             return loss, polyak_move(loss, gradient, direction, **options)
 
         return by_window(x, step.sigma, step.run.base_model, step.run.model_options, conds, 1, of_window)
