@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from ..core.metrics import psnr_db
-from ..tools.shape_world import instruments, world
+from ..tools.shape_world import instruments, variety, world
 
 COPY, NOISE, CEILING, SWAP = "unedited copy", "random noise", "true edit through VAE", "prompt swap"
 """Rows of every table."""
@@ -104,12 +104,37 @@ def growing_cases(group: str, seed: int, n: int) -> list[Case]:
     """
     generator = np.random.default_rng([seed, 6])
 
-    def sample(generator: np.random.Generator) -> world.Scene:
-        scene = world.sample_scene(generator, 1)
-        growth = float(np.exp(generator.uniform(np.log(SMALLEST), np.log(LARGEST))))
-        return replace(scene, objects=(replace(scene.objects[0], growth=growth),))
+    return _sampled(group, generator, n, 1, ("shape",), _growing)
 
-    return _sampled(group, generator, n, 1, ("shape",), sample)
+
+def _growing(generator: np.random.Generator) -> world.Scene:
+    scene = world.sample_scene(generator, 1)
+    growth = float(np.exp(generator.uniform(np.log(SMALLEST), np.log(LARGEST))))
+    return replace(scene, objects=(replace(scene.objects[0], growth=growth),))
+
+
+def _curved(generator: np.random.Generator) -> world.Scene:
+    return variety.sample(generator, "one", motion="curved")
+
+
+def _bouncing(generator: np.random.Generator) -> world.Scene:
+    """From one side to the other in two arcs of 16 to 24 px."""
+    scene = world.sample_scene(generator, 1)
+    thing, frames = scene.objects[0], len(scene.objects[0].centres)
+    side, margin, height = generator.choice((-1, 1)), thing.radius + 1, generator.uniform(16, 24)
+    across = world.SIZE / 2 + side * np.linspace(-1, 1, frames) * min(12.0, world.SIZE / 2 - margin)
+    up = height * np.abs(np.sin(2 * np.pi * np.linspace(0, 1, frames)))
+    ground = generator.uniform(margin + height, world.SIZE - margin)
+    centres = tuple((float(x), float(ground - y)) for x, y in zip(across, up, strict=True))
+    return replace(scene, objects=(replace(thing, centres=centres),))
+
+
+MOTIONS = {"on a curve": _curved, "bouncing": _bouncing, "changing size": _growing}
+
+
+def moving_cases(motion: str, seed: int, n: int) -> list[Case]:
+    """n cases of one object in one of `MOTIONS`, with colour and shape edits in turn."""
+    return _sampled(motion, np.random.default_rng([seed, 8]), n, 1, OBJECT_EDITS, MOTIONS[motion])
 
 
 def fast_cases(group: str, seed: int, n: int) -> list[Case]:

@@ -22,6 +22,7 @@ from ..host.relevance_matching import NEW_CONTENT, RelevanceMatching, redraw_noi
 from ..host.sampling import TrajectorySampler
 from ..tools.shape_world import world
 from ._cases import CEILING, COPY, NOISE, Case, Chain
+from ._half import float16_layers
 
 SDEDIT = "SDEdit"
 SDEDIT_START = 0.6
@@ -37,7 +38,7 @@ class Settings:
     cfg: float = 4.0
     strength: float = 1.0
     iterations: int = 3
-    end: float = 0.8
+    end: float = 0.75
     layers: str = ""
     paths: str = "spatial-temporal"
     dilation: float = 4.0
@@ -236,6 +237,20 @@ def again(method: Method) -> Callable[[Editor, Case, Trajectory], tuple[Tensor, 
 def agreement(case: Case, edits: tuple[Tensor, Tensor], reconstruction: Tensor) -> dict[str, float]:
     """How alike two edits are, in dB of PSNR."""
     return {"agreement_db": psnr_db(*edits, torch.ones(1))}
+
+
+# --- the same edit in float16 -----------------------------------------
+
+
+def in_half(method: Method) -> Method:
+    """The inversion and the edit in float16, as far as a CPU can show it."""
+
+    def edit(editor: Editor, case: Case, trajectory: Trajectory) -> Tensor:
+        with float16_layers(editor.model.model.diffusion_model):
+            own = editor.invert(editor.encode(world.render(case.source)[0]), case.source)
+            return method(editor, case, own)
+
+    return edit
 
 
 # --- measuring --------------------------------------------------------

@@ -48,7 +48,7 @@ CHAIN_COLUMNS = {
 MEDIANS = frozenset({"seconds", "inversion_seconds", "agreement_db"})
 OF = {"median": np.median, "worst": np.max}
 """What else a column may say of a metric: "median of ...", "worst of ..."."""
-SMALLER_IS_BETTER = frozenset({"trajectory_error_px"})
+SMALLER_IS_BETTER = {"trajectory_error_px"}
 STATISTICS = {
     "trajectory_error_px": "ratio_of_means",
     "kept_region_psnr_db": "difference_of_means",

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
@@ -41,10 +42,16 @@ def _code() -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What every benchmark of quality takes: seeds, store and processes."""
+    """What every benchmark of quality takes: seeds, store, processes and methods."""
     parser.add_argument("--seed", type=int, nargs="+", default=[211, 223, 227])
     parser.add_argument("--store", type=Path, help="a file that keeps what is done, and from which a run goes on")
     parser.add_argument("--processes", type=int, help="as many as there are cores, if not given")
+    parser.add_argument("--methods", nargs="+", default=(), metavar="NAME", help="rows to make, instead of all")
+
+
+def runner(arguments: argparse.Namespace, editor: Editor, about: Mapping = MappingProxyType({})) -> Runner:
+    """A runner by the options of `add_arguments`."""
+    return Runner(editor, store=arguments.store, processes=arguments.processes, about=about, only=arguments.methods)
 
 
 @dataclass

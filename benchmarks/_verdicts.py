@@ -10,6 +10,7 @@ from ._figures import find, verdict
 
 CONCAT, MATCH, MATCH_MASK = "concat instead of STR", "STR-Match", "STR-Match + true mask"
 MATCH_LOW, MATCH_HIGH = "STR-Match, lambda x 0.5", "STR-Match, lambda x 1.5"
+MATCH_HALF, SWAP_HALF = "STR-Match, float16", "prompt swap, float16"
 ONE, TWO, BACKGROUND = "one object", "two objects", "background of one object"
 SIZE = "one object of changing size"
 FAST, CROSSING = "fastest quarter, one object", "two objects that change sides"
@@ -81,6 +82,19 @@ def of_stability(rows: list[dict], comparisons: list[dict]) -> list[str]:
     row = find(rows, kind=figures.ALL, method=MATCH)
     text = f"(n {row['n']}) agreement {row['agreement_db']:.1f} dB in the median, at least 20"
     return [verdict(row["agreement_db"] >= 20, text)]
+
+
+def of_precision(rows: list[dict], comparisons: list[dict]) -> list[str]:
+    """Whether float16 edits as well as float32; that its pixels differ is no fault."""
+    path = "trajectory_error_px"
+    ratio = _compared(comparisons, ONE, MATCH, path, MATCH_HALF)
+    wins = [_compared(comparisons, ONE, *pair)["wins"] for pair in ((SWAP, path), (SWAP_HALF, path, MATCH_HALF))]
+    interval = f"{ratio['estimate']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]"
+    about = f"(n {ratio['n']})"
+    return [
+        verdict(ratio["low"] <= 1 <= ratio["high"], f"{about} trajectory error {interval} of float32's, 1 within"),
+        verdict(abs(wins[0] - wins[1]) <= 2, f"{about} better than the swap on {wins[0]} and {wins[1]} clips, 2 apart"),
+    ]
 
 
 def _cost(rows: list[dict]) -> list[tuple[bool, str]]:

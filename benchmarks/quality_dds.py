@@ -7,6 +7,7 @@ One object gets another colour or another shape. Every method optimises the clip
 
     losses      score distillation (SDS), delta denoising score (DDS), with S-SSM, with T-SSM, with both (DreamMotion),
                 with the true mask; with STR relevance too; with frame differences instead
+    motions     what T-SSM adds where objects move on a curve, bounce or change their size
     layers      which keys are compared, under which prompt, and fixed weights
     masks       the mask exact, smaller, larger, shifted, half missing
 
@@ -35,10 +36,10 @@ from pack import load_pack
 load_pack()
 
 from spacetime_edit.benchmarks import _figures as figures
-from spacetime_edit.benchmarks._cases import CEILING, COPY, KEPT, SWAP, Case, make_cases
+from spacetime_edit.benchmarks._cases import CEILING, COPY, KEPT, MOTIONS, SWAP, Case, make_cases, moving_cases
 from spacetime_edit.benchmarks._cases import measure as measure_edit
 from spacetime_edit.benchmarks._editing import Editor, Settings, copy, swap, through_vae
-from spacetime_edit.benchmarks._running import Runner, add_arguments
+from spacetime_edit.benchmarks._running import add_arguments, runner
 from spacetime_edit.core.masks import dilate
 from spacetime_edit.core.trajectory import Trajectory
 from spacetime_edit.host.distillation import MOTION, RELEVANCE, SPATIAL, TEMPORAL, Distillation, optimise
@@ -50,7 +51,8 @@ FULL, MASKED = "DreamMotion (both)", "DreamMotion + true mask"
 MASKED_SCORE = "DreamMotion + true mask for the score only"
 HELD = {SPATIAL: 0.3, TEMPORAL: 0.1}
 COLUMNS = figures.COLUMNS | {"consistency": "consist", "saturation": "satur"}
-PAIRS = [(DDS, SDS), (WITH_S, DDS), (WITH_T, DDS), (FULL, DDS), (MASKED, FULL), (FULL, SWAP)]
+PAIRS = [(DDS, SDS), (WITH_S, DDS), (WITH_T, DDS), (FULL, DDS), (FULL, WITH_S), (MASKED, FULL), (FULL, SWAP)]
+figures.STATISTICS["consistency"] = "difference_of_means"
 
 
 def measure(case: Case, frames: Tensor, reconstruction: Tensor) -> dict[str, float]:
@@ -128,7 +130,15 @@ def methods(settings: dict) -> dict[str, dict[str, Callable]]:
         **{f"shifted by {px} px": make(HELD, lambda m, px=px: m.roll(px, -1)) for px in (1, 2, 3)},
         "half missing": make(HELD, half_missing),
     }
-    return {"losses": losses, "layers": layers, "masks": masks}
+    motions = {name: losses[name] for name in (COPY, CEILING, DDS, WITH_S, WITH_T, FULL)}
+    return {"losses": losses, "motions": motions, "layers": layers, "masks": masks}
+
+
+def cases_of(group: str, seed: int, n: int) -> list[Case]:
+    """n clips of a seed, of each motion where the group is of motions."""
+    if group == "motions":
+        return [case for motion in MOTIONS for case in moving_cases(motion, seed, n)]
+    return make_cases(group, seed, n)
 
 
 def of_losses(rows: list[dict]) -> list[str]:
@@ -149,9 +159,9 @@ def of_losses(rows: list[dict]) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=("losses", "layers", "masks"), nargs="+", default=["losses"])
+    parser.add_argument("--only", choices=("losses", "motions", "layers", "masks"), nargs="+", default=["losses"])
     add_arguments(parser)
-    parser.add_argument("--n", type=int, default=16, help="clips of each seed")
+    parser.add_argument("--n", type=int, default=16, help="clips of each seed and kind of motion")
     parser.add_argument("--steps", type=int, default=32)
     parser.add_argument("--step-size", type=float, default=1.6)
     parser.add_argument("--cfg", type=float, default=7.5, help="of the optimised rows")
@@ -161,15 +171,15 @@ def main() -> int:
     settings = {"steps": arguments.steps, "step_size": arguments.step_size, "cfg": arguments.cfg}
     report = {"seeds": arguments.seed, "n": arguments.n, "settings": settings}
     with torch.inference_mode():
-        run = Runner(Editor(Settings()), store=arguments.store, processes=arguments.processes, about=settings)
+        run = runner(arguments, Editor(Settings()), settings)
         for group in arguments.only:
-            make = partial(make_cases, group, n=arguments.n)
+            make = partial(cases_of, group, n=arguments.n)
             records = run.over(arguments.seed, make, methods(settings)[group], measure)
             rows = figures.summarise(records, COLUMNS | figures.METRICS)
             comparisons = figures.compare(records, PAIRS, seed=0)
             tables = [figures.format_rows(rows, columns) for columns in (COLUMNS, figures.METRICS)]
             print(*tables, figures.format_comparisons(comparisons), sep="\n")
-            if group == "losses":
+            if group == "losses" and not run.only:
                 print(*of_losses(rows), sep="\n")
             report[group] = {"rows": rows, "comparisons": comparisons, "clips": records}
             if arguments.json:

@@ -48,7 +48,7 @@ load_pack()
 import comfy.samplers
 from spacetime_edit.benchmarks import _figures as figures
 from spacetime_edit.benchmarks._editing import Editor, Settings, copy, from_noise, through_vae
-from spacetime_edit.benchmarks._running import Runner, add_arguments
+from spacetime_edit.benchmarks._running import add_arguments, runner
 from spacetime_edit.core.inflation import Inflation
 from spacetime_edit.core.masks import dilate
 from spacetime_edit.core.regions import Region
@@ -76,6 +76,8 @@ COPY, CEILING, NOISE = "unedited copy", "true edit through VAE", "random noise, 
 SAME_SHAPE, CROSSING, EQUAL = "same shape", "crossing", "equal"
 ABOUT_PX = 6  # about an object's place in the source, where that of a crossing clip is looked for
 SWAP, CROSS, SELF, BOTH = "prompt swap", "cross only", "self only", "cross and self"
+PAPER, RELEASED = "paper: strength 1, 30 % of the steps", "released: strength 1, 30 % of the steps"
+RELEASED_TUNED = "released, tuned"
 
 
 @dataclass(frozen=True)
@@ -260,9 +262,9 @@ FORMS = {
     SELF: regional(**TUNED | {"cross_strength": 0.0}),
     BOTH: regional(**TUNED),
     "cross and self, all steps": regional(**TUNED | {"end": 1.0}),
-    "paper: strength 1, 30 % of the steps": regional(),
-    "released: strength 1, 30 % of the steps": regional(mode="released"),
-    "released, tuned": regional(mode="released", **TUNED),
+    PAPER: regional(),
+    RELEASED: regional(mode="released"),
+    RELEASED_TUNED: regional(mode="released", **TUNED),
 }
 MASKS = {
     BOTH: FORMS[BOTH],
@@ -284,12 +286,13 @@ GROUPS = {
     "frames": FRAMES,
     "order": ORDER,
     SAME_SHAPE: {name: FORMS[name] for name in (SWAP, CROSS, BOTH)},
-    CROSSING: {CEILING: through_vae} | {name: FORMS[name] for name in (SWAP, CROSS, BOTH, "released, tuned")},
-    EQUAL: {CEILING: through_vae} | {name: FORMS[name] for name in (SWAP, CROSS, SELF, BOTH, "released, tuned")},
+    CROSSING: {CEILING: through_vae} | {name: FORMS[name] for name in (SWAP, CROSS, BOTH, RELEASED_TUNED)},
+    EQUAL: {CEILING: through_vae} | {name: FORMS[name] for name in (SWAP, CROSS, SELF, BOTH, RELEASED_TUNED)},
 }
-PAIRS = [(CROSS, SWAP), (BOTH, SWAP), (BOTH, CROSS)]
+PAIRS = [(CROSS, SWAP), (BOTH, SWAP), (BOTH, CROSS), (PAPER, BOTH), (RELEASED, BOTH), (RELEASED_TUNED, BOTH)]
 
-figures.STATISTICS.update(dict.fromkeys(("colour", "shape", "both_right"), "difference_of_means"))
+figures.STATISTICS.update(dict.fromkeys(("colour", "shape", "both_right", "flicker"), "difference_of_means"))
+figures.SMALLER_IS_BETTER |= {"flicker"}
 
 
 def main() -> int:
@@ -303,7 +306,7 @@ def main() -> int:
     settings = Settings()
     report = {"seeds": arguments.seed, "n": arguments.n, "settings": asdict(settings) | {"tuned": TUNED}}
     with torch.inference_mode():
-        run = Runner(Editor(settings), store=arguments.store, processes=arguments.processes, about=TUNED)
+        run = runner(arguments, Editor(settings), TUNED)
         for group in arguments.only:
             make = partial(make_cases, group, n=arguments.n)
             records = run.over(arguments.seed, make, GROUPS[group], measure)

@@ -11,13 +11,14 @@ Suites:
     size        one object that grows or shrinks and changes its shape (n = 16)
     options     one object (n = 4): every option of the score and of the step
     stability   one object (n = 4): the same edit after noise of -110 dB on the clip's latent
+    precision   one object (n = 16): inversion and edit in float16 against float32
     frames      the same motion in 16 and in 32 frames (n = 7): figures, time, memory
     crossing    what is hard (n = 8 each): the fastest quarter of clips, and two objects that change sides. The model
                 was trained on 8 frames of objects of at most 24 px travel that stay in their half of the image, so
                 all methods do badly on the latter
     delete      one of two objects goes, one of two comes (n = 8 each), with its true mask
     sequential  two objects (n = 8), the left one edited first and the right one second: is the first edit kept?
-    all         these nine
+    all         these ten
 
 Seeds below 100 are for tuning, others for figures. Rows that bound the scale: the unedited copy, sampling the target
 prompt from random noise, and the true edit through the VAE. Only rows that say so see a true mask. Time is user CPU
@@ -68,13 +69,14 @@ from spacetime_edit.benchmarks._editing import (
     agreement,
     at_once,
     described,
+    in_half,
     in_one,
     match,
     one_after_another,
     sdedit,
     swap,
 )
-from spacetime_edit.benchmarks._running import Runner, add_arguments
+from spacetime_edit.benchmarks._running import Runner, add_arguments, runner
 from spacetime_edit.benchmarks._timing import peak_bytes
 from spacetime_edit.benchmarks._verdicts import (
     ADDITION,
@@ -86,6 +88,7 @@ from spacetime_edit.benchmarks._verdicts import (
     FAST,
     FRAME_COUNTS,
     MATCH,
+    MATCH_HALF,
     MATCH_HIGH,
     MATCH_LOW,
     MATCH_MASK,
@@ -93,6 +96,7 @@ from spacetime_edit.benchmarks._verdicts import (
     SEQUENCE_MATCH,
     SEQUENCE_SWAP,
     SIZE,
+    SWAP_HALF,
     TWO,
 )
 from spacetime_edit.core.relevance import Paths
@@ -135,11 +139,11 @@ OPTIONS = {
     "paths both": match(paths="both"),
     "paths concat": match(paths="concat"),
     "one-way": match(bidirectional=False),
+    "radius 1": match(radius=1),
     "radius 2": match(radius=2),
-    "radius all": match(radius=0),
     "per pair": match(per_pair=True),
 }
-"""One change each of the settings, both ways, radius 1, summed."""
+"""One change each of the settings, both ways, all frames, summed."""
 
 CHAIN_METHODS = {name: in_one(method) for name, method in BOUNDS.items()} | {
     SEQUENCE_MATCH: one_after_another(masked=True, matched=True),
@@ -171,6 +175,11 @@ def run_stability(run: Runner, seed: int, n: int) -> Records:
     methods = {MATCH: match()} | {f"lambda x {factor:g}": match(factor=factor) for factor in (0.25, 0.5)}
     methods |= {f"{k} iteration{'s' * (k > 1)}": match(iterations=k) for k in (1, 2)}
     return run(make_cases(ONE, seed, n), {name: again(method) for name, method in methods.items()}, agreement)
+
+
+def run_precision(run: Runner, seed: int, n: int) -> Records:
+    methods = {SWAP: swap(), SWAP_HALF: in_half(swap()), MATCH: match(), MATCH_HALF: in_half(match())}
+    return run(make_cases(ONE, seed, n), methods, measure)
 
 
 def run_frames(run: Runner, seed: int, n: int) -> Records:
@@ -228,6 +237,13 @@ SUITES = {
     "size": Suite(16, run_size, HARD_PAIRS, verdicts.of_size, figures.COLUMNS),
     "options": Suite(4, run_options, [(name, MATCH) for name in OPTIONS], verdicts.of_options, figures.COLUMNS),
     "stability": Suite(4, run_stability, [], verdicts.of_stability, {"agreement_db": "dB", "seconds": "s/clip"}),
+    "precision": Suite(
+        16,
+        run_precision,
+        [(MATCH, SWAP), (MATCH_HALF, SWAP_HALF), (SWAP_HALF, SWAP), (MATCH_HALF, MATCH)],
+        verdicts.of_precision,
+        figures.COLUMNS,
+    ),
     "frames": Suite(7, run_frames, [(MATCH, SWAP)], verdicts.of_frames, figures.COLUMNS | {"peak_mb": "peak MB"}),
     "crossing": Suite(8, run_crossing, HARD_PAIRS, verdicts.of_crossing, figures.COLUMNS),
     "delete": Suite(8, run_delete, [], none, figures.COLUMNS),
@@ -268,7 +284,6 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suite", choices=(*SUITES, "all"), default="main")
     add_arguments(parser)
-    parser.add_argument("--methods", nargs="+", default=(), metavar="NAME", help="rows to make, instead of all")
     parser.add_argument("--n", type=int, help="clips of each group and seed, instead of a suite's own number")
     parser.add_argument("--json", type=Path, help="also write rows, intervals and every clip's figures here")
     parser.add_argument("--steps", type=int, default=default.steps)
@@ -289,7 +304,7 @@ def main() -> int:
     print(f"seeds {arguments.seed}, {described(settings)}")
     report = {"seeds": arguments.seed, "settings": asdict(settings), "suites": {}}
     with torch.inference_mode():
-        run = Runner(Editor(settings), store=arguments.store, processes=arguments.processes, only=arguments.methods)
+        run = runner(arguments, Editor(settings))
         for name in SUITES if arguments.suite == "all" else [arguments.suite]:
             report["suites"][name] = run_suite(name, run, arguments.seed, arguments.n)
             if arguments.json:  # after each suite: a long run that stops leaves what it had

@@ -5,7 +5,7 @@
 loss           `matching_loss`, forward and backward, at 640 tokens, 8 heads of 80 (LaVie's half-resolution level) and
                16 frames, against the dense score with autograd
 edit           a whole edit of the embedded model against plain sampling of the same steps with the host's ddim: prompt
-               swap, STR-Match over all steps (the node's default), with one iteration, and over the first 80 %
+               swap, STR-Match as the node has it, with one iteration, with two, and over all steps
 checkpointing  the gradient of one matched step of a UNet3D with random weights and 8 attention blocks, with and
                without kept activations; and the whole step, source pass and features included
 
@@ -64,8 +64,8 @@ MAX_MEMORY, MAX_TIME, MIN_SAVING = 1 / 8, 0.7, 3.0
 
 LEAN, DENSE = "matching_loss", "dense reference"
 PLAIN, SWAP, INVERSION = "plain sampling", "prompt swap", "inversion, once a clip"
-DEFAULT, ONCE, TUNED = "STR-Match", "STR-Match, 1 iteration", "STR-Match, first 80 %"
-MAX_EDIT = {DEFAULT: 4.0, ONCE: 2.6, TUNED: 4.0}
+DEFAULT, ONCE, TWICE, ALL = (f"STR-Match{what}" for what in ("", ", 1 iteration", ", 2 iterations", ", all steps"))
+MAX_EDIT = {DEFAULT: 4.0, ONCE: 2.6}
 KEEPING, LEAN_STEP = "activations kept", "block checkpointing"
 
 BLOCKS = {
@@ -134,9 +134,10 @@ def edit_cost(n: int, seed: int) -> tuple[dict, list[str]]:
     functions = {
         PLAIN: lambda: editor.sample(case.target, ddim, case.seed, torch.zeros_like(latent)),
         SWAP: lambda: edit(None),
-        DEFAULT: lambda: edit(replace(tuned, end=1.0)),
-        ONCE: lambda: edit(replace(tuned, end=1.0, iterations=1)),
-        TUNED: lambda: edit(tuned),
+        DEFAULT: lambda: edit(tuned),
+        ONCE: lambda: edit(replace(tuned, iterations=1)),
+        TWICE: lambda: edit(replace(tuned, iterations=2)),
+        ALL: lambda: edit(replace(tuned, end=1.0)),
         INVERSION: lambda: editor.invert(latent, case.source),
     }
     seconds = interleaved(functions, n)
