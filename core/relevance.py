@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .attention_features import AttentionFeatures, blocks_of, dot, neighbours, pairs_at
+from .attention_features import AttentionFeatures, blocks_of, dot, neighbours
 from .full_relevance import full_matching_loss
 
 Paths = Literal["spatial-temporal", "temporal-spatial", "both", "concat"]
@@ -212,12 +212,11 @@ def _score(tile: _Tile, place: Pair, distances: list[int], plan: _Plan, weight: 
         for term in _terms(plan):
             spatial = tile.map_of(term)
             if term.in_own_frame:
-                total.addcmul_(spatial, _summed(tile.tau, term, distances, q, weight)[:, :, None])
-                continue
-            spatial = spatial if weight is None else spatial * weight[:, None, None, q]
-            for d in distances:
-                near, far = pairs_at(len(total), d)
-                total[near].addcmul_(spatial[far], _at_distance(tile.tau, term.sign * d)[:, :, p, None])
+                links = _of_columns(_links(tile.tau, term, distances, q), weight, q)
+                total.addcmul_(spatial, links.sum(1)[:, :, None])
+            else:
+                links = _between_frames(_links(tile.tau, term, distances, p))
+                total += _of_frames(links @ _by_row(_seen(spatial, weight, q)))
     return total if weight is None else total.mul_(_around(weight, place, plan))
 
 
@@ -233,27 +232,59 @@ def _score_gradient(
     for term in _terms(plan):
         spatial, gradient = tile.map_of(term), into.map_of(term)
         if term.in_own_frame:
-            gradient.addcmul_(flow, _summed(tile.tau, term, distances, q, weight)[:, :, None])
-            of_columns = (flow * spatial).sum(2)
-            for d in distances:
-                near, far = pairs_at(len(flow), d)
-                seen = 1 if weight is None else weight[far, None, q]
-                _at_distance(into.tau, term.sign * d)[:, :, q] += of_columns[near] * seen
-            continue
-        for d in distances:
-            near, far = pairs_at(len(flow), d)
-            seen = flow[near] if weight is None else flow[near] * weight[far, None, None, q]
-            gradient[far].addcmul_(seen, _at_distance(tile.tau, term.sign * d)[:, :, p, None])
-            _at_distance(into.tau, term.sign * d)[:, :, p] += (seen * spatial[far]).sum(-1)
+            links = _of_columns(_links(tile.tau, term, distances, q), weight, q)
+            gradient.addcmul_(flow, links.sum(1)[:, :, None])
+            of_links = (flow * spatial).sum(2)[:, None].expand_as(links)
+            _add_links(into.tau, _of_columns(of_links, weight, q), term, distances, q)
+        else:
+            links, flow_by_row = _between_frames(_links(tile.tau, term, distances, p)), _by_row(flow)
+            gradient += _seen(_of_frames(links.mT @ flow_by_row), weight, q)
+            of_links = flow_by_row @ _by_row(_seen(spatial, weight, q)).mT
+            _add_links(into.tau, of_links.permute(2, 3, 0, 1), term, distances, p)
 
 
-def _summed(tau: Tensor, term: _Term, distances: list[int], q: slice, weight: Tensor | None) -> Tensor:
-    """What the columns q of a map in frame i are multiplied with, over all its neighbours j: (F, H, Q)."""
-    total = torch.zeros_like(tau[0, :, :, q])
-    for d in distances:
-        near, far = pairs_at(len(tau), d)
-        total[near] += _at_distance(tau, term.sign * d)[:, :, q] * (1 if weight is None else weight[far, None, q])
-    return total
+def _links(tau: Tensor, term: _Term, distances: list[int], places: slice) -> Tensor:
+    """tau_ij of a term, or tau_ji, at these places and distances j - i, 0 at others: (F_i, F_j, H, P)."""
+    part = tau[..., places]
+    return (part if term.sign > 0 else part.transpose(0, 1)) * _band(tau, distances)
+
+
+def _add_links(tau: Tensor, of_links: Tensor, term: _Term, distances: list[int], places: slice) -> None:
+    """The adjoint of `_links`."""
+    part = of_links * _band(tau, distances)
+    tau[..., places] += part if term.sign > 0 else part.transpose(0, 1)
+
+
+def _band(tau: Tensor, distances: list[int]) -> Tensor:
+    """Whether frames i and j are at one of these distances: (F, F, 1, 1)."""
+    apart = torch.arange(len(tau), device=tau.device)
+    apart = apart[None, :] - apart[:, None]
+    return torch.isin(apart, torch.tensor(distances, device=tau.device))[:, :, None, None]
+
+
+def _between_frames(links: Tensor) -> Tensor:
+    """(F_i, F_j, H, P) as a matrix a row and head: (H, P, F_i, F_j)."""
+    return links.permute(2, 3, 0, 1).contiguous()
+
+
+def _by_row(maps: Tensor) -> Tensor:
+    """(F, H, P, Q) -> (H, P, F, Q)."""
+    return maps.permute(1, 2, 0, 3)
+
+
+def _of_frames(rows: Tensor) -> Tensor:
+    """(H, P, F, Q) -> (F, H, P, Q)."""
+    return rows.permute(2, 0, 1, 3)
+
+
+def _seen(spatial: Tensor, weight: Tensor | None, q: slice) -> Tensor:
+    """A map (F_j, H, P, Q) of frames j times w_j(q)."""
+    return spatial if weight is None else spatial * weight[:, None, None, q]
+
+
+def _of_columns(links: Tensor, weight: Tensor | None, q: slice) -> Tensor:
+    """Links (F_i, F_j, H, Q) times w_j(q)."""
+    return links if weight is None else links * weight[None, :, None, q]
 
 
 def _around(weight: Tensor, place: Pair, plan: _Plan) -> Tensor:
@@ -261,11 +292,6 @@ def _around(weight: Tensor, place: Pair, plan: _Plan) -> Tensor:
     p, q = place
     own = weight[:, None, p, None]
     return own * weight[:, None, None, q] if plan.paths == "concat" else own
-
-
-def _at_distance(tau: Tensor, d: int) -> Tensor:
-    """tau_ij of all pairs j = i + d, in the order of i: (pairs, H, N)."""
-    return tau.diagonal(d).movedim(-1, 0)
 
 
 class _CosineLoss(torch.autograd.Function):

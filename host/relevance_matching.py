@@ -51,12 +51,12 @@ KNOBS = "the layers of Capture STR Score (such as m0)"
 class STRScore:
     """What to match: the source clip's trajectory, the blocks to look at (None: all but the finest), the score's form.
 
-    radius, paths, bidirectional, per_pair: as in `core.relevance.str_score`.
+    radius, paths, bidirectional, per_pair: as in `core.relevance.str_score`, radius 0: all frames.
     """
 
     trajectory: Trajectory
     blocks: frozenset[str] | None
-    radius: int = 1
+    radius: int = 0
     paths: Paths = "spatial-temporal"
     bidirectional: bool = True
     per_pair: bool = False
@@ -84,10 +84,11 @@ def sees_all_frames(model) -> bool:
     return inflation is not None and inflation.keys == "all frames" and "temporal" not in kinds
 
 
-def str_score_of(trajectory: Trajectory, layers: str = "", radius: int = 1, **form) -> STRScore:
+def str_score_of(trajectory: Trajectory, layers: str = "", radius: int = 0, **form) -> STRScore:
     """Validates a choice of layers on the trajectory's model; ValueError without temporal attention.
 
-    form: paths, bidirectional and per_pair of `STRScore`.
+    radius 0: all frames, or where self-attention spans them all, which makes each pair of frames costly, the adjacent
+    ones. form: paths, bidirectional and per_pair of `STRScore`.
     """
     found = attention_layers(trajectory.model).values()
     if lacking := lacks_for_relevance(trajectory.model):
@@ -97,15 +98,17 @@ def str_score_of(trajectory: Trajectory, layers: str = "", radius: int = 1, **fo
             f"inversion"
         )
     if radius < 0:
-        raise ValueError(f"radius: it is {radius}; expected a number of frames, or 0 for all")
-    if sees_all_frames(trajectory.model) and form.get("paths", DIRECT) != DIRECT:
+        raise ValueError(f"radius is {radius}, expected a number of frames, or 0 for the model's own choice")
+    in_one_attention = sees_all_frames(trajectory.model)
+    if in_one_attention and form.get("paths", DIRECT) != DIRECT:
         raise ValueError(
             f"paths: it is {form['paths']!r}, but attention of {family_of(trajectory.model).name} sees all frames at "
             f"once, so the score goes along no path; set it to {DIRECT!r}"
         )
     blocks = {layer.block for layer in found if layer.kind in IN_SPACE}
     layers = layers if layers.strip() else _default_blocks(family_of(trajectory.model), blocks)
-    return STRScore(trajectory, select_blocks(layers, blocks) if layers.strip() else None, radius, **form)
+    chosen = select_blocks(layers, blocks) if layers.strip() else None
+    return STRScore(trajectory, chosen, radius or int(in_one_attention), **form)
 
 
 def _default_blocks(family: Family, blocks: set[str]) -> str:

@@ -28,12 +28,12 @@ class CaptureSTRScore(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "radius",
-                    default=1,
+                    default=0,
                     min=0,
                     max=64,
                     advanced=True,
-                    tooltip="How many frames before and after a frame it is compared with. 0 compares all frames and "
-                    "takes longer.",
+                    tooltip="How many frames before and after a frame it is compared with. 0: all of them; in video "
+                    "transformers, where each costs more, the adjacent ones.",
                 ),
                 io.Combo.Input(
                     "paths",

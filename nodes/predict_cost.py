@@ -74,7 +74,7 @@ class PredictCost(io.ComfyNode):
                 ),
                 fraction(
                     "end_percent",
-                    1.0,
+                    0.75,
                     advanced=True,
                     tooltip="As in STR Latent Optimizer.",
                 ),

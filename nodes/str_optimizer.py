@@ -49,8 +49,9 @@ class STRLatentOptimizer(io.ComfyNode):
                 ),
                 fraction(
                     "end_percent",
-                    1.0,
-                    tooltip="Where in the denoising the matching ends (1 = at the last step).",
+                    0.75,
+                    tooltip="Where in the denoising the matching ends (1 = at the last step, as in the paper). The "
+                    "last steps draw fine detail, which need not match.",
                 ),
                 *mask_inputs(),
                 io.Int.Input(

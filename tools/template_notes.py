@@ -381,7 +381,7 @@ TRY = {
 stay more. (At 0 there is no match and no curve: that is the template *prompt swap*.)
 - **edit** 1 and 3 in *Load Example Clip*: other prompts for the same clip.
 - another **clip**: 04 to 07 have two objects.
-- **end_percent** 0.5: match only in the first half, which is faster. 1: the background picks up more of a tint.""",
+- **end_percent** 0.5: match only in the first half, which is faster. 1: match to the end, as in the paper.""",
     "str_match_mask": """### Try
 - **dilation** 0 and 16: too tight cuts the new shape, too wide lets the background change.
 - **edit** 1 in *Load Example Clip*: a new colour. (Edit 3 changes the background, which this mask keeps.)

@@ -95,6 +95,8 @@ def test_the_score_looks_at_the_first_two_blocks(tmp_path):
     model = cogvideox.load_cogvideox(paths)
     trajectory = invert(model, conditioning(), 0.1 * torch.randn(1, 16, 3, 8, 8), sigmas_of(model, 2), refinements=0)
     assert str_score_of(trajectory).blocks == {"b0", "b1"}
+    assert str_score_of(trajectory).radius == 1, "each pair of frames costs an attention"
+    assert str_score_of(trajectory, radius=64).radius == 64
     assert str_score_of(trajectory, "b2-b3").blocks == {"b2", "b3"}
 
 

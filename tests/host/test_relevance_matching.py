@@ -24,7 +24,7 @@ FORMS = {
     "concat": dict(paths="concat"),
     "one way": dict(bidirectional=False),
     "per pair": dict(per_pair=True),
-    "all frames": dict(radius=0),
+    "adjacent frames": dict(radius=1),
 }
 
 
@@ -68,6 +68,10 @@ def watched(monkeypatch, function):
 
 
 # options
+
+
+def test_all_frames_are_compared_unless_a_radius_is_chosen(trajectory):
+    assert [str_score_of(trajectory, "", *radius).radius for radius in ((), (0,), (2,))] == [0, 0, 2]
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())

@@ -263,7 +263,7 @@ def test_a_wrong_dilation(graph, inverted, dilation):
 
 
 def test_a_negative_radius(graph, inverted):
-    with refused(graph, "^radius: it is -1; expected a number of frames, or 0 for all"):
+    with refused(graph, "^radius is -1, expected a number of frames, or 0"):
         CaptureSTRScore.execute(inverted[0], "", -1)
 
 
