@@ -2,7 +2,8 @@
 
     python dev.py demo [--seed 0]
 
-Runs the API graphs of prompt swap, STR-Match and STR-Match with a mask on the embedded tiny model, and writes to
+The clips are the first of one object and the first of two, each with its first edit of the first object's shape. Runs
+the API graphs of prompt swap, STR-Match and STR-Match with a mask on the embedded tiny model, and writes to
 output/demo: a contact sheet, `source | edit | difference` of every edit as WebP and MP4, and figures.json.
 """
 # ruff: noqa: E402 (the pack is loaded before it is imported)
@@ -15,6 +16,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from pack import ROOT, host_path, load_pack
@@ -34,7 +36,8 @@ METHODS = {
     "STR-Match": "Swap an object - STR-Match (tiny).json",
     "STR-Match with mask": "Keep the background exactly - STR-Match with mask (tiny).json",
 }
-EDITS = {"clip_00": 2, "clip_06": 1}  # which of a clip's edits, from 1; both change its first object
+SHOWN = (1, 2)
+"""Numbers of objects of which a clip is shown."""
 FIGURES = ("trajectory_error_px", "colour_accuracy", "shape_accuracy", "background_psnr_db")
 
 
@@ -86,18 +89,29 @@ def saved_frames(server: LiveServer, graph: dict, entry: dict) -> Tensor:
     return read_frames(server.output_files({"outputs": {savers[0]: entry["outputs"][savers[0]]}}))
 
 
+def shown_edits(clips: Iterable[Clip]) -> list[tuple[Clip, int]]:
+    """For each of `SHOWN` the first clip with so many objects, and its first edit, from 1, of its first one's shape."""
+    found = {}
+    for clip in clips:
+        before = clip.scene.description.objects[0]
+        for number, caption in enumerate(clip.edits, 1):
+            after = world.parse_caption(caption).objects[0]
+            if after.shape != before.shape and after.colour == before.colour:
+                found.setdefault(len(clip.scene.objects), (clip, number))
+    return [found[count] for count in SHOWN]
+
+
 def run_edits(server: LiveServer, seed: int) -> list[Result]:
     """Every method on every clip, clip by clip, so that the server keeps a clip's inversion."""
-    clips = {clip.name: clip for clip in read_clips(CLIPS)}
     results = []
-    for name, edit in EDITS.items():
+    for clip, edit in shown_edits(read_clips(CLIPS)):
         for method, file in METHODS.items():
             graph = json.loads((GRAPHS / file).read_text(encoding="utf-8"))
-            graph = prepared(graph, clips[name], edit, seed)
+            graph = prepared(graph, clip, edit, seed)
             start = time.perf_counter()
             frames = saved_frames(server, graph, server.queue(graph))
-            print(f"{name}  {method:20} {time.perf_counter() - start:5.1f} s", flush=True)
-            results.append(Result(clips[name], edit, method, frames))
+            print(f"{clip.name}  {method:20} {time.perf_counter() - start:5.1f} s", flush=True)
+            results.append(Result(clip, edit, method, frames))
     return results
 
 
@@ -130,7 +144,7 @@ def incomplete(figures_report: dict) -> list[str]:
     return [
         f"{method}, {clip}: {name}"
         for method in METHODS
-        for clip in EDITS
+        for clip in figures_report["clips"]
         for name in FIGURES
         if not math.isfinite(figures_report["methods"].get(method, {}).get(clip, {}).get(name, math.nan))
     ]
@@ -150,7 +164,7 @@ def write_media(results: list[Result]) -> None:
 def format_table(figures_report: dict) -> str:
     """The figures for a terminal."""
     lines = [f"{'':32}" + "".join(f"{name:>21}" for name in FIGURES)]
-    for clip in EDITS:
+    for clip in figures_report["clips"]:
         for method in METHODS:
             row = figures_report["methods"][method][clip]
             lines.append(f"{clip}  {method:22}" + "".join(f"{row[name]:21.2f}" for name in FIGURES))
