@@ -5,15 +5,38 @@ Shape letters: B batch, H heads, N queries, M keys, D head dimension.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
+log = logging.getLogger("spacetime_edit")
+
 HIDDEN = -1e4
 """An additive mask at or below this hides its key."""
+
+
+@cache
+def _kernels():
+    """The module of Triton kernels; None where there is no Triton."""
+    try:
+        from . import region_kernels
+    except ImportError as reason:  # on Windows, say: the package triton-windows brings it
+        log.info("region attention: by PyTorch's attention, which is slower (%s)", reason)
+        return None
+    return region_kernels
+
+
+def kernels_for(query: Tensor, value: Tensor):
+    """The module of Triton kernels, where it takes tensors of this device, dtype and widths; else None."""
+    if query.device.type != "cuda":
+        return None
+    kernels = _kernels()
+    return kernels if kernels is not None and kernels.fits(query, value) else None
 
 
 @dataclass(frozen=True)
@@ -78,6 +101,9 @@ class Scores:
     @torch.no_grad()
     def _searched(self, keys: slice, values: bool) -> tuple[Tensor, Tensor]:
         """Values, or indices among all keys, of each row's lowest and highest score in a block of keys."""
+        if self.by_key and (kernels := kernels_for(self.query, self.key)) is not None:
+            found = kernels.extrema(self.query, self.key, keys, scale=self.scale, mask=self.mask)
+            return found[0] if values else found[1]
         batch, heads, n, _ = self.query.shape
         key, bias, hidden = self.key[:, :, keys].mT, self.bias(), self.hidden()
         width = key.shape[-1]

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
-from .attention_scores import Scores
+from .attention_scores import Scores, kernels_for
 
 log = logging.getLogger("spacetime_edit")
 
@@ -67,6 +67,7 @@ def modulated_attention(
     blocks: Sequence[int] | None = None,
     alone: Tensor | None = None,
     attention: Attention | None = None,
+    kernels: bool = True,
     tile: int | None = None,
 ) -> Tensor:
     """Attention whose scores are pulled together within regions and apart between them; (B, H, N, D of value).
@@ -79,7 +80,8 @@ def modulated_attention(
     text and video; hi and lo are then taken within each key's own block. alone: (M,) bool, keys whose scores stay as
     they are and do not count for hi and lo, such as those of a reference picture; with them rows of strength above 0
     take the tiled form. attention: the stock attention to use.
-    tile: elements of the largest temporary tensor of scores; None: by the device.
+    kernels: on a card a fused kernel may compute it instead, where no gradient is recorded. tile: elements of the
+    largest temporary tensor of scores; None: by the device.
 
     Differentiable in query, key and value. Raises ValueError for shapes that do not fit.
     """
@@ -89,8 +91,13 @@ def modulated_attention(
     strength = _rows_of(strength, query)
     region_query, region_key = (t if t.ndim == 3 else t[None] for t in (region_query, region_key))
     _check(query, key, region_query, region_key, mask, blocks, alone)
+    if kernels:
+        regions = region_query, region_key, overlap
+        made = _by_kernel(query, key, value, regions, strength, scale=scale, mask=mask, blocks=blocks, alone=alone)
+        if made is not None:
+            return made
     options = {"overlap": overlap, "scale": scale, "blocks": blocks, "alone": alone, "attention": attention}
-    options["tile"] = tile
+    options |= {"tile": tile, "kernels": False}
     active = strength != 0
     if not active.any():
         return _plain(attention, query, key, value, scale, mask)
@@ -108,8 +115,7 @@ def modulated_attention(
             return modulated_attention(q, key, value, u, region_key, a, mask=_pick(mask, 2, chosen), **options)
 
         return _in_two(of_rows, rows, 2, SMALL)
-    recorded = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
-    if not recorded and len(parts := _heads_at_once(query, key)) > 1:
+    if not _recorded(query, key, value) and len(parts := _heads_at_once(query, key)) > 1:
         out = value.new_empty(*query.shape[:3], value.shape[-1])
         for b, heads in parts:
             tensors = [t[b, heads] for t in (query, key, value)]
@@ -126,6 +132,25 @@ def modulated_attention(
     if active.all():
         return out
     return torch.where(active[..., None], out, _plain(attention, query, key, value, scale, mask))
+
+
+def _recorded(*tensors: Tensor) -> bool:
+    """Whether a graph is built from any of these."""
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+def _by_kernel(
+    query: Tensor, key: Tensor, value: Tensor, regions: tuple[Tensor, Tensor, Overlap], strength: Tensor, **options
+) -> Tensor | None:
+    """The same by a fused kernel; None where there is none that takes these tensors."""
+    mask = options["mask"]
+    if _recorded(query, key, value) or (mask is not None and mask.shape[2] > 1):
+        return None
+    kernels = kernels_for(query, value)
+    factors = None if kernels is None else _factors(*regions)
+    if factors is None or factors[0].shape[-1] > kernels.MAX_CHANNELS:
+        return None
+    return kernels.region_attention(query, key, value, *factors, strength, **options)
 
 
 @cache

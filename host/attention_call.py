@@ -132,6 +132,7 @@ class AttentionCall:
     transformer: B = prompts, N = F h w, and what else is in `extra`. Rows are prompt-major. inflation: how spatial
     attention spans frames; query, key and value are those of several frames then; uninflated: the call as the model
     made it. first: the place of the first query among the layer's, of which another pack may ask for some at a time.
+    stock: whether no other pack has put an attention of its own in the place of the host's.
     """
 
     layer: Layer
@@ -146,6 +147,7 @@ class AttentionCall:
     inflation: Inflation | None = None
     first: int = 0
     uninflated: AttentionCall | None = field(default=None, repr=False)
+    stock: bool = False
 
     @property
     def kind(self) -> AttentionKind:
@@ -247,12 +249,19 @@ class AttentionCall:
 
 
 def describe_call(
-    layer: Layer, run: ModelRun, args: tuple, kwargs: dict, proceed: Callable, tokens: int | None = None, first: int = 0
+    layer: Layer,
+    run: ModelRun,
+    args: tuple,
+    kwargs: dict,
+    proceed: Callable,
+    tokens: int | None = None,
+    first: int = 0,
+    stock: bool = False,
 ) -> AttentionCall:
     """The record of a call of the host's attention, with one layout of tensors and one kind of mask.
 
     args, kwargs: as the host's attention functions take them; tokens: queries of the whole layer, where they are
-    known; first: how many of them other calls had. ValueError for tokens that fit no grid.
+    known; first: how many of them other calls had; stock: as in `AttentionCall`. ValueError for tokens of no grid.
     """
     query, key, value = args[:3]
     heads = args[3] if len(args) > 3 else kwargs["heads"]
@@ -264,7 +273,7 @@ def describe_call(
     mask = args[4] if len(args) > 4 else kwargs.get("mask")
     mask = None if mask is None else _additive(mask, query.dtype)
     grid, attend = _grid(layer, query, run, kwargs, tokens), partial(_attend, proceed, kwargs)
-    call = AttentionCall(layer, query, key, value, scale, grid, run, mask, attend, None, first)
+    call = AttentionCall(layer, query, key, value, scale, grid, run, mask, attend, None, first, stock=stock)
     if not _spans_frames(run, layer) or not run.inflation.at(call.level):
         return call
     if mask is not None:

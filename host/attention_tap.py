@@ -236,7 +236,7 @@ class AttentionTap:
         if asking == "a patch" or (asking == "the model" and layer.kind == "cross" and not entered.is_prompts(args[1])):
             return proceed(*args, **kwargs)
         tokens = entered.tokens if entered.tokens and entered.tokens >= count else None
-        call = describe_call(layer, self._run, args, kwargs, proceed, tokens, entered.asked)
+        call = describe_call(layer, self._run, args, kwargs, proceed, tokens, entered.asked, previous is None)
         entered.asked += count if asking == "the model" else 0
         outputs = (listener(call) for listener in self._listeners)
         output = next((o for o in outputs if o is not None), None)

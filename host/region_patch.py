@@ -147,6 +147,7 @@ class RegionModulation:
             blocks=arguments.blocks,
             alone=arguments.alone,
             attention=call.attend,
+            kernels=call.stock,
         )
 
     def _check_alone(self, call: AttentionCall) -> None:

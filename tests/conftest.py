@@ -20,6 +20,7 @@ HOST_TIERS = {"host", "nodes"}  # import the host in this process
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
+os.environ["TRITON_INTERPRET"] = "1"  # read as Triton is imported: its kernels run on the CPU, as Python
 
 spec = importlib.util.spec_from_file_location("pack_loader", ROOT / "tools" / "pack.py")
 loader = importlib.util.module_from_spec(spec)

@@ -191,6 +191,19 @@ def test_hooks_of_other_packs_are_called_as_often_as_without(subject):
     assert seen == alone and set(seen) == {"attention", "model"}
 
 
+def test_a_call_knows_whether_its_attention_is_the_hosts(subject):
+    """A fused kernel may then stand in for it; another pack's attention is always asked."""
+    model, positive, _ = subject
+    calls, listener = recorder()
+    tapped(model, positive, None, clip(), listener)
+    assert calls and all(call.stock for call, _ in calls)
+    calls.clear()
+    model = model.clone()
+    model.model_options["transformer_options"]["optimized_attention_override"] = lambda func, *a, **k: func(*a, **k)
+    tapped(model, positive, None, clip(), listener)
+    assert calls and not any(call.stock for call, _ in calls)
+
+
 def test_installing_works_on_a_copy(tiny):
     """And only a wrapper is in it: an override would be lost where a later node puts its own into the slot."""
     before = support.Untouched(tiny.model)
