@@ -45,8 +45,8 @@ class Case:
 
     @property
     def wanted_masks(self) -> Tensor:
-        """(K, F, 64, 64) in [0, 1]: where the target's objects shall be."""
-        return world.render(self.target if self.kind in (ADD, DELETE) else self.source)[1]
+        """(K, F, 64, 64) in [0, 1]: where the objects of the true edit are; its shapes have other centres of mass."""
+        return world.render(self.target)[1]
 
     @property
     def colours(self) -> instruments.Colours | None:
@@ -226,7 +226,7 @@ def measure_chain(chain: Chain, edited: tuple[Tensor | None, Tensor], reconstruc
     figures = {
         "first_right": float(left == chain.target.description.objects[0]),
         "second_right": float(right == chain.target.description.objects[1]),
-        "trajectory_error_px": instruments.trajectory_error_px(frames, masks),
+        "trajectory_error_px": instruments.trajectory_error_px(frames, world.render(chain.target)[1]),
         KEPT[0]: instruments.kept_region_psnr_db(frames, source, masks),
         KEPT[1]: instruments.kept_region_psnr_db(frames, reconstruction, masks),
     }

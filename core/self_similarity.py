@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from .attention_features import dot, in_float64
+from .float64 import dot, in_float64
 
 CHANNEL_SHARE = 1.5
 """Tokens over channels above which channels x channels tensors are the cheaper form."""

@@ -4,16 +4,19 @@ import contextlib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from math import isqrt
 
 import torch
 from torch import Tensor
 
-from ..core.relevance import TILE_ELEMENTS, AttentionFeatures
+from ..core.relevance import AttentionFeatures, tile_elements, tile_rows
 from .families import Family
 
 LOSS_TILES = 12
 """Tiles of the score that live at once in the backward pass of the loss, rather too many than too few."""
+LOGITS = 3
+"""As `LOSS_TILES`, of logits of all frames, where attention spans them."""
+COPIES, COPIES_OF_JOINT = 3, 4.25
+"""Of features in float32, gradients included; attention over all frames has them once more, frames side by side."""
 
 
 @dataclass(frozen=True)
@@ -92,8 +95,7 @@ SMALLER_TILES = 32
 
 def small_tile(features: AttentionFeatures) -> int:
     """Tokens along a tile of the score when memory is short."""
-    frames, heads = features.query.shape[:2]
-    return max(1, isqrt(TILE_ELEMENTS // (SMALLER_TILES * frames * heads)))
+    return tile_rows(features, SMALLER_TILES)
 
 
 def loss_memory(features: Iterable[AttentionFeatures], smaller: int = 1) -> int:
@@ -101,12 +103,15 @@ def loss_memory(features: Iterable[AttentionFeatures], smaller: int = 1) -> int:
 
     smaller: how many times smaller than usual the tiles are.
     """
-    kept = tile = 0
+    kept = tile = logits = 0
     for f in features:
         frames, heads, tokens, _ = f.query.shape
-        kept += sum(t.numel() for t in f.tensors)
-        tile = max(tile, min(TILE_ELEMENTS // smaller, frames * heads * tokens**2))
-    return 4 * (3 * kept + LOSS_TILES * tile)
+        kept += sum(t.numel() for t in f.tensors) * (COPIES if f.temporal is not None else COPIES_OF_JOINT)
+        most = tile_elements(f.query.device.type) // smaller
+        tile = max(tile, min(most, frames * heads * tokens**2))
+        if f.temporal is None:
+            logits = max(logits, min(most, heads * (frames * tokens) ** 2))
+    return round(4 * (kept + LOSS_TILES * tile + LOGITS * logits))
 
 
 def _bytes(value) -> int:

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from spacetime_edit.core import attention_features
-from spacetime_edit.core.attention_features import AttentionFeatures
-from spacetime_edit.core.relevance import matching_loss
+from spacetime_edit.core import float64
+from spacetime_edit.core.relevance import AttentionFeatures, matching_loss
 from spacetime_edit.core.self_similarity import spatial_self_similarity_loss, temporal_self_similarity_loss
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -25,7 +24,7 @@ class NoFloat64(TorchDispatchMode):
 @pytest.fixture
 def device(monkeypatch):
     """A kind that has float64, taken for one that has not."""
-    monkeypatch.setattr(attention_features, "WITHOUT_FLOAT64", {"cuda"})
+    monkeypatch.setattr(float64, "WITHOUT_FLOAT64", {"cuda"})
     with FakeTensorMode(), NoFloat64():
         yield torch.device("cuda")
 

@@ -4,9 +4,7 @@ import itertools
 
 import pytest
 import torch
-from spacetime_edit.core.attention_features import AttentionFeatures
-from spacetime_edit.core.full_relevance import full_matching_loss, full_str_score
-from spacetime_edit.core.relevance import matching_loss
+from spacetime_edit.core.relevance import AttentionFeatures, full_str_score, matching_loss
 from torch.utils._python_dispatch import TorchDispatchMode
 
 FRAMES, HEADS, TOKENS, DIM, EXTRA = 4, 2, 11, 5, 3
@@ -85,15 +83,15 @@ def leaf(t):
 
 def test_weights_that_leave_nothing_give_no_gradient():
     source, target = features(1), features(2).map(leaf)
-    loss = full_matching_loss(source, target, weight=torch.zeros(FRAMES, TOKENS))
+    loss = matching_loss(source, target, weight=torch.zeros(FRAMES, TOKENS))
     loss.backward()
     assert float(loss) == 0 and not target.query.grad.any()
 
 
 def test_half_precision_is_summed_in_float32():
     source, target = features(1, dtype=torch.bfloat16), features(2, dtype=torch.bfloat16)
-    exact = full_matching_loss(source.map(torch.Tensor.double), target.map(torch.Tensor.double))
-    assert abs(float(full_matching_loss(source, target) - exact)) <= 1e-5
+    exact = matching_loss(source.map(torch.Tensor.double), target.map(torch.Tensor.double))
+    assert abs(float(matching_loss(source, target) - exact)) <= 1e-5
 
 
 def test_no_map_of_all_tokens_is_formed():
@@ -111,5 +109,5 @@ def test_no_map_of_all_tokens_is_formed():
     source, target = (features(n, dtype=torch.float32, tokens=400) for n in (1, 2))
     target = target.map(leaf)
     with Look():
-        full_matching_loss(source, target, rows=32).backward()
+        matching_loss(source, target, rows=32).backward()
     assert largest <= 2 * FRAMES * HEADS * 400 * DIM < (FRAMES * 400) ** 2 / 50
