@@ -61,20 +61,17 @@ class AttentionFeatures:
         return self.query.shape[-1] ** -0.5 if self.scale is None else self.scale
 
     @property
+    def _given(self) -> dict[str, Tensor]:
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+
+    @property
     def tensors(self) -> list[Tensor]:
         """The tensors that are not None."""
-        return [t for t in (self.query, self.key, self.temporal, self.extra_keys) if t is not None]
+        return list(self._given.values())
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "AttentionFeatures":
         """The same with `function` of each tensor."""
-        apply = lambda t: None if t is None else function(t)  # noqa: E731
-        return replace(
-            self,
-            query=function(self.query),
-            key=function(self.key),
-            temporal=apply(self.temporal),
-            extra_keys=apply(self.extra_keys),
-        )
+        return replace(self, **{name: function(tensor) for name, tensor in self._given.items()})
 
     def detach(self) -> "AttentionFeatures":
         return self.map(Tensor.detach)
@@ -319,8 +316,7 @@ class _SeparateMaps:
         """From S_i(p, q) and S_i(q, p), both as (F, H, P, Q)."""
         p, q = place
         if form.paths == "concat":
-            total = ahead if weight is None else ahead * weight[:, None, None, q]
-            return total if weight is None else total * weight[:, None, p, None]
+            return ahead if weight is None else ahead * weight[:, None, None, q] * weight[:, None, p, None]
         total, back_and_forth = 0, ((ahead, 1), (back, -1)) if form.bidirectional else ((ahead, 1),)
         for spatial, sign in back_and_forth:
             in_own_frame, in_the_other = form.paths != "temporal-spatial", form.paths != "spatial-temporal"
