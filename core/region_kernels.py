@@ -297,7 +297,8 @@ def _launch(kernel, query: Tensor, *arguments, **fixed) -> None:
     for place, (rows, keys, warps, stages) in enumerate(configs):
         grid = triton.cdiv(count, rows), batch * heads
         try:
-            kernel[grid](*arguments, **fixed, ROWS=rows, KEYS=keys, num_warps=warps, num_stages=stages)
+            with torch.cuda.device_of(query):  # Triton runs on the current card, wherever the tensors are
+                kernel[grid](*arguments, **fixed, ROWS=rows, KEYS=keys, num_warps=warps, num_stages=stages)
             return
         except OutOfResources:
             if place + 1 == len(configs):
@@ -316,7 +317,7 @@ def works(device: torch.device, dtype: torch.dtype, width: int) -> bool:
     except (RuntimeError, OSError, triton.TritonError) as reason:  # no C compiler, another driver, no room
         log.warning("region attention: its kernel does not run here (%s), PyTorch's attention is used", reason)
         return False
-    if error > MOST_ERROR[dtype]:
+    if not error <= MOST_ERROR[dtype]:  # nor if it is no number
         log.warning("region attention: its kernel errs by %.1g here, PyTorch's attention is used", error)
         return False
     log.info("region attention: runs as a Triton kernel (heads of %d, %s)", width, dtype)
@@ -341,4 +342,4 @@ def _error(device: torch.device, dtype: torch.dtype, width: int) -> float:
     bounds = scores.amin(-1, keepdim=True), scores.amax(-1, keepdim=True)
     moved = 0.7 * scores + 0.3 * (bounds[0] + shared * (bounds[1] - bounds[0]))
     pairs = [(out, moved.softmax(-1) @ value), (low, bounds[0][..., 0]), (high, bounds[1][..., 0])]
-    return max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
+    return float(torch.stack([(a - b).abs().max() / b.abs().max() for a, b in pairs]).max())

@@ -29,6 +29,7 @@ log = logging.getLogger("spacetime_edit")
 
 LARGEST_LAMBDA = 2.0
 MOST_ROUNDING = 1e-4
+"""Of `polyak_step.ROUNDING` in types of few bits, so that something is left to match."""
 LONGEST_MOVE = 0.5
 """RMS of one move at most, in standard deviations of the latent."""
 

@@ -125,13 +125,14 @@ def test_a_card_without_room_takes_smaller_tiles(kernels, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "fault", [RuntimeError("no C compiler"), OSError("no driver"), triton.TritonError("does not compile"), None]
+    "fault",
+    [RuntimeError("no C compiler"), OSError("no driver"), triton.TritonError("does not compile"), 0.5, float("nan")],
 )
 def test_a_kernel_that_does_not_run_or_errs_is_not_used(monkeypatch, caplog, fault):
     def run(*_):
-        if fault is not None:
+        if isinstance(fault, Exception):
             raise fault
-        return 0.5
+        return fault
 
     monkeypatch.setattr(region_kernels, "_error", run)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
@@ -153,6 +154,20 @@ def test_old_cards_and_missing_memory(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     with pytest.raises(torch.OutOfMemoryError):
         region_kernels.works(torch.device("cuda"), torch.float16, 64)
+
+
+@pytest.mark.parametrize("kernel", ["region_attention", "extrema"])
+def test_the_check_of_a_card_passes_no_nan(monkeypatch, kernel):
+    original = getattr(region_kernels, kernel)
+
+    def broken(*arguments, **options):
+        out = original(*arguments, **options)
+        (out if kernel == "region_attention" else out[0][0])[0, 0, 3] = torch.nan
+        return out
+
+    monkeypatch.setattr(region_kernels, kernel, broken)
+    error = region_kernels._error(torch.device("cpu"), torch.float16, 16)
+    assert not error <= region_kernels.MOST_ERROR[torch.float16]
 
 
 def test_the_check_of_a_card_finds_the_kernels_right():
