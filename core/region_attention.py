@@ -16,8 +16,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cache
-from typing import Literal
+from functools import cache, partial
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,6 +53,32 @@ def modulation_strength(t: float, size: Tensor | float, *, to_words: bool = Fals
     return (XI_OF_WORDS if to_words else XI) * t**POWER * torch.as_tensor(size).clamp(0, 1)
 
 
+class Factors(NamedTuple):
+    """Of R = of_query of_key^T: (B or 1, N, C) and (B or 1, M, C). None, both, where C would be too large."""
+
+    of_query: Tensor | None
+    of_key: Tensor | None
+
+
+def region_factors(region_query: Tensor, region_key: Tensor, overlap: Overlap = "any") -> Factors:
+    """Of memberships and an overlap as `modulated_attention` takes them. A card waits for them to be found.
+
+    Any shared region: one channel a pattern of memberships that occurs, on the side that has fewer of them.
+    """
+    region_query, region_key = (t if t.ndim == 3 else t[None] for t in (region_query, region_key))
+    if overlap == "product":
+        return Factors(region_query, region_key)
+    patterns, which = region_query.flatten(0, 1).unique(dim=0, return_inverse=True)
+    others, which_other = region_key.flatten(0, 1).unique(dim=0, return_inverse=True)
+    if min(len(patterns), len(others)) > MAX_WIDTH:
+        return Factors(None, None)
+    if len(others) < len(patterns):
+        return Factors(*region_factors(region_key, region_query, overlap)[::-1])
+    chosen = one_hot(which, len(patterns)).unflatten(0, region_query.shape[:2]).to(region_query)
+    inside = patterns.any(1)  # a pattern of no region shares none
+    return Factors(chosen[..., inside], _shared(patterns[inside], region_key).mT)
+
+
 def modulated_attention(
     query: Tensor,
     key: Tensor,
@@ -62,6 +88,7 @@ def modulated_attention(
     strength: Tensor | float,
     *,
     overlap: Overlap = "any",
+    factors: Factors | None = None,
     mask: Tensor | None = None,
     scale: float | None = None,
     blocks: Sequence[int] | None = None,
@@ -75,63 +102,93 @@ def modulated_attention(
     query (B, H, N, D), key and value (B, H, M, D). region_query (N, K) or (B, N, K) and region_key (M, K) or (B, M, K):
     membership in [0, 1]. strength: a in [0, 1], scalar, (N,), (B, N) or (B, H, N); rows of strength 0 are those of
     plain attention. overlap: R = 1 where query and key share any region (of soft memberships 1 - prod(1 - u v)), or
-    the product R = sum u v, meant for a partition. mask: additive, (B or 1, 1, 1, M), of padding or of a bias on keys;
-    one of rows and keys (B or 1, 1, N, M) takes the tiled form. blocks: lengths of consecutive blocks of keys, such as
-    text and video; hi and lo are then taken within each key's own block. alone: (M,) bool, keys whose scores stay as
-    they are and do not count for hi and lo, such as those of a reference picture; with them rows of strength above 0
-    take the tiled form. attention: the stock attention to use.
+    the product R = sum u v, meant for a partition. factors: of them, where they are known. mask: additive,
+    (B or 1, 1, 1, M), of padding or of a bias on keys; one of rows and keys (B or 1, 1, N, M) takes the tiled form.
+    blocks: lengths of consecutive blocks of keys, such as text and video; hi and lo are then taken within each key's
+    own block. alone: (M,) bool, keys whose scores stay as they are and do not count for hi and lo, such as those of a
+    reference picture; with them rows of strength above 0 take the tiled form. attention: the stock attention to use.
     kernels: on a card a fused kernel may compute it instead, where no gradient is recorded. tile: elements of the
     largest temporary tensor of scores; None: by the device.
 
     Differentiable in query, key and value. Raises ValueError for shapes that do not fit.
     """
-    attention = attention or scaled_dot_product_attention
-    tile = tile or TILE_ELEMENTS.get(query.device.type, LARGE_TILE)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     strength = _rows_of(strength, query)
     region_query, region_key = (t if t.ndim == 3 else t[None] for t in (region_query, region_key))
     _check(query, key, region_query, region_key, mask, blocks, alone)
-    if kernels:
-        regions = region_query, region_key, overlap
-        made = _by_kernel(query, key, value, regions, strength, scale=scale, mask=mask, blocks=blocks, alone=alone)
-        if made is not None:
-            return made
-    options = {"overlap": overlap, "scale": scale, "blocks": blocks, "alone": alone, "attention": attention}
-    options |= {"tile": tile, "kernels": False}
+    factors = region_factors(region_query, region_key, overlap) if factors is None else factors
+    options = {"scale": scale, "mask": mask, "blocks": blocks, "alone": alone}
+    if kernels and (made := _by_kernel(query, key, value, factors, strength, **options)) is not None:
+        return made
+    regions = _Regions(region_query, region_key, factors, overlap)
+    options["tile"] = tile or TILE_ELEMENTS.get(query.device.type, LARGE_TILE)
+    return _by_stock(attention or scaled_dot_product_attention, query, key, value, regions, strength, **options)
+
+
+class _Regions(NamedTuple):
+    """Memberships of queries and keys, with the factors of what they share."""
+
+    of_query: Tensor
+    of_key: Tensor
+    factors: Factors
+    overlap: Overlap
+
+    def each(self, of_query: Callable[[Tensor], Tensor], of_key: Callable[[Tensor], Tensor]) -> _Regions:
+        """With a function of whatever belongs to queries, and another of what belongs to keys."""
+        factors = self.factors
+        if factors.of_query is not None:
+            factors = Factors(of_query(factors.of_query), of_key(factors.of_key))
+        return _Regions(of_query(self.of_query), of_key(self.of_key), factors, self.overlap)
+
+
+def _by_stock(
+    attention: Attention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    regions: _Regions,
+    strength: Tensor,
+    *,
+    mask: Tensor | None,
+    alone: Tensor | None,
+    **options,
+) -> Tensor:
+    """`modulated_attention` in PyTorch, strength (B, H, N): batch items and rows without strength, and the others."""
+    of = partial(_by_stock, attention, alone=alone, **options)
     active = strength != 0
     if not active.any():
-        return _plain(attention, query, key, value, scale, mask)
+        return _plain(attention, query, key, value, options["scale"], mask)
     if not (batches := active.any(2).any(1)).all():
 
         def of_batches(chosen: Tensor) -> Tensor:
-            tensors = (query, key, value, region_query, region_key, strength)
-            return modulated_attention(*(_pick(t, 0, chosen) for t in tensors), mask=_pick(mask, 0, chosen), **options)
+            q, k, v, a, own = (_pick(t, 0, chosen) for t in (query, key, value, strength, mask))
+            return of(q, k, v, regions.each(*[partial(_pick, dim=0, chosen=chosen)] * 2), a, mask=own)
 
         return _in_two(of_batches, batches, 0)
     if not (rows := active.any(1).any(0)).all() and len(rows) > SMALL:
 
         def of_rows(chosen: Tensor) -> Tensor:
-            q, u, a = _pick(query, 2, chosen), _pick(region_query, 1, chosen), _pick(strength, 2, chosen)
-            return modulated_attention(q, key, value, u, region_key, a, mask=_pick(mask, 2, chosen), **options)
+            q, a, own = (_pick(t, 2, chosen) for t in (query, strength, mask))
+            there = regions.each(partial(_pick, dim=1, chosen=chosen), lambda of_key: of_key)
+            return of(q, key, value, there, a, mask=own)
 
         return _in_two(of_rows, rows, 2, SMALL)
     if not _recorded(query, key, value) and len(parts := _heads_at_once(query, key)) > 1:
         out = value.new_empty(*query.shape[:3], value.shape[-1])
         for b, heads in parts:
             tensors = [t[b, heads] for t in (query, key, value)]
-            regions = [t if len(t) == 1 else t[b] for t in (region_query, region_key)]
+            here = regions.each(*[lambda t, b=b: t if len(t) == 1 else t[b]] * 2)
             own = mask if mask is None or len(mask) == 1 else mask[b]
-            out[b, heads] = modulated_attention(*tensors, *regions, strength[b, heads], mask=own, **options)
+            out[b, heads] = of(*tensors, here, strength[b, heads], mask=own)
         return out
-    scores = Scores(query, key, scale, mask, blocks, tile)
-    factors = None if alone is not None else _factors(region_query, region_key, overlap)
-    out = _augmented(scores, value, factors, strength, attention)
+    scores = Scores(query, key, mask=mask, **options)
+    out = _augmented(scores, value, regions.factors, strength, attention) if alone is None else None
     if out is None:
         _say_tiled()
-        return _tiled(scores, value, region_query, region_key, overlap, strength, alone)
+        return _tiled(scores, value, regions, strength, alone)
     if active.all():
         return out
-    return torch.where(active[..., None], out, _plain(attention, query, key, value, scale, mask))
+    return torch.where(active[..., None], out, _plain(attention, query, key, value, options["scale"], mask))
 
 
 def _recorded(*tensors: Tensor) -> bool:
@@ -140,15 +197,14 @@ def _recorded(*tensors: Tensor) -> bool:
 
 
 def _by_kernel(
-    query: Tensor, key: Tensor, value: Tensor, regions: tuple[Tensor, Tensor, Overlap], strength: Tensor, **options
+    query: Tensor, key: Tensor, value: Tensor, factors: Factors, strength: Tensor, **options
 ) -> Tensor | None:
     """The same by a fused kernel; None where there is none that takes these tensors."""
     mask = options["mask"]
-    if _recorded(query, key, value) or (mask is not None and mask.shape[2] > 1):
+    if factors.of_query is None or _recorded(query, key, value) or (mask is not None and mask.shape[2] > 1):
         return None
     kernels = kernels_for(query, value)
-    factors = None if kernels is None else _factors(*regions)
-    if factors is None or factors[0].shape[-1] > kernels.MAX_CHANNELS:
+    if kernels is None or factors.of_query.shape[-1] > kernels.MAX_CHANNELS:
         return None
     return kernels.region_attention(query, key, value, *factors, strength, **options)
 
@@ -225,24 +281,6 @@ def _in_two(compute: Callable[[Tensor], Tensor], active: Tensor, dim: int, least
 # --- exact, by extra channels of a stock attention ----------------------
 
 
-def _factors(region_query: Tensor, region_key: Tensor, overlap: Overlap) -> tuple[Tensor, Tensor] | None:
-    """A (B or 1, N, C) and B (B or 1, M, C) with R = A B^T; None where C would be too large.
-
-    Any shared region: one channel a pattern of memberships that occurs, on the side that has fewer of them.
-    """
-    if overlap == "product":
-        return region_query, region_key
-    patterns, which = region_query.flatten(0, 1).unique(dim=0, return_inverse=True)
-    others, which_other = region_key.flatten(0, 1).unique(dim=0, return_inverse=True)
-    if min(len(patterns), len(others)) > MAX_WIDTH:
-        return None
-    if len(others) < len(patterns):
-        return _factors(region_key, region_query, overlap)[::-1]
-    chosen = one_hot(which, len(patterns)).unflatten(0, region_query.shape[:2]).to(region_query)
-    inside = patterns.any(1)  # a pattern of no region shares none
-    return chosen[..., inside], _shared(patterns[inside], region_key).mT
-
-
 def _shared(u: Tensor, v: Tensor) -> Tensor:
     """Whether rows of u (..., N, K) and of v (..., M, K) share any region: (..., N, M)."""
     apart = torch.ones(())
@@ -252,10 +290,10 @@ def _shared(u: Tensor, v: Tensor) -> Tensor:
 
 
 def _augmented(
-    scores: Scores, value: Tensor, factors: tuple[Tensor, Tensor] | None, strength: Tensor, attention: Attention
+    scores: Scores, value: Tensor, factors: Factors, strength: Tensor, attention: Attention
 ) -> Tensor | None:
     """The module's identity; None where it does not apply."""
-    if factors is None or not scores.by_key:
+    if factors.of_query is None or not scores.by_key:
         return None
     query, key, scale = scores.query, scores.key, scores.scale
     wide = torch.promote_types(query.dtype, torch.float32)
@@ -314,23 +352,15 @@ def _rounded(channel: Tensor, dtype: torch.dtype) -> list[Tensor]:
 # --- exact, in tiles of rows --------------------------------------------
 
 
-def _tiled(
-    scores: Scores,
-    value: Tensor,
-    region_query: Tensor,
-    region_key: Tensor,
-    overlap: Overlap,
-    strength: Tensor,
-    alone: Tensor | None,
-) -> Tensor:
+def _tiled(scores: Scores, value: Tensor, regions: _Regions, strength: Tensor, alone: Tensor | None) -> Tensor:
     """The definition itself, for some rows at a time; recomputed in a backward pass."""
 
     def of_rows(query: Tensor, key: Tensor, value: Tensor, rows: slice) -> Tensor:
         here = replace(scores, query=query, key=key).of_rows(rows)
         wide = torch.promote_types(query.dtype, torch.float32)
         raw = here.formed().to(wide)
-        u, v = region_query[:, rows].to(wide), region_key.to(wide)
-        shared = (_shared(u, v) if overlap == "any" else u @ v.mT)[:, None]
+        u, v = regions.of_query[:, rows].to(wide), regions.of_key.to(wide)
+        shared = (_shared(u, v) if regions.overlap == "any" else u @ v.mT)[:, None]
         a, hidden = strength[:, :, rows, None].to(wide), here.hidden()
         left_out = _either(hidden, alone)
         pulled = []

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 from itertools import accumulate
 
 import torch
@@ -86,6 +86,7 @@ def _region_attention(
     of_query = _query(OfQuery + batch * of_query_b, rows, CHANNELS, inside, CHANNELS, 0, CHANNELS)
     strength = tl.load(Strength + batch * strength_b + head * strength_h + rows * strength_n, mask=inside, other=0.0)
     strength = strength.to(tl.float32)
+    acts = tl.max(strength) > 0  # else these rows are those of plain attention, and need no extrema
 
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
@@ -95,7 +96,7 @@ def _region_attention(
         first, end = tl.load(Ends + block), tl.load(Ends + block + 1)
         high = tl.full([ROWS], float("-inf"), tl.float32)
         low = tl.full([ROWS], float("inf"), tl.float32)
-        for start in range(first, end, KEYS):
+        for start in range(first, tl.where(acts, end, first), KEYS):
             tokens = tl.minimum(start + tl.arange(0, KEYS), end - 1)  # the last key again, which changes no extremum
             seen = tokens < end
             score = _scores(query, rest, keys, tokens, key_n, seen, WIDTH, WIDE, REST) * scale
@@ -112,10 +113,9 @@ def _region_attention(
                 below = tl.where(seen[None, :], below, float("inf"))
             high = tl.maximum(high, tl.max(above, 1))
             low = tl.minimum(low, tl.min(below, 1))
-        if HAS_MASK or HAS_ALONE:
-            nothing = low > high
-            high = tl.where(nothing, 0.0, high)
-            low = tl.where(nothing, 0.0, low)
+        nothing = low > high
+        high = tl.where(nothing, 0.0, high)
+        low = tl.where(nothing, 0.0, low)
         gap, floor = strength * (high - low), strength * low
         for start in range(first, end, KEYS):
             tokens = start + tl.arange(0, KEYS)
@@ -241,7 +241,7 @@ def region_attention(
     )
     mask = None if mask is None else mask[:, 0, 0].contiguous()
     alone = None if alone is None else alone.to(torch.int8)
-    ends = torch.tensor([0, *accumulate(blocks or [key.shape[2]])], dtype=torch.int32).to(query.device)
+    ends = _ends(tuple(blocks or [key.shape[2]]), query.device)
     wide, rest = _split(width)
     given = (query, key, value, out, of_query, of_key, strength, mask, alone, ends)
     numbers = (
@@ -276,6 +276,12 @@ def extrema(
     fixed = {"WIDTH": width, "WIDE": wide, "REST": rest, "HAS_MASK": mask is not None}
     _launch(_extrema, query, query, key, low, high, low_at, high_at, mask, *numbers, **fixed)
     return (low, high), (low_at, high_at)
+
+
+@lru_cache(maxsize=64)
+def _ends(blocks: tuple[int, ...], device: torch.device) -> Tensor:
+    """Where the blocks of keys begin, and where the last one ends; kept, since a copy to a card waits for the card."""
+    return torch.tensor([0, *accumulate(blocks)], dtype=torch.int32, device=device)
 
 
 def _rows_together(tensor: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ its own layout and by no other. Self-attention of a prompt without one follows t
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -13,7 +13,7 @@ from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..core.region_attention import modulated_attention, modulation_strength
+from ..core.region_attention import Factors, Overlap, modulated_attention, modulation_strength, region_factors
 from .attention_call import AttentionCall, ModelRun
 from .attention_tap import AttentionTap, running_taps
 from .families import AttentionKind, Layer, attention_layers, family_of
@@ -39,13 +39,15 @@ KEY = "spacetime_edit_regions"
 
 @dataclass(frozen=True)
 class _Arguments:
-    """Of `modulated_attention`: memberships of queries and keys, strength of the rows, and which keys are apart."""
+    """Of `modulated_attention`: memberships of queries and keys and what they share, the size terms of the rows, of
+    which their strength is made, and which keys are apart."""
 
     of_query: Tensor
     of_key: Tensor
-    strength: Tensor
+    size: Tensor
     blocks: Sequence[int] | None = None
     alone: Tensor | None = None
+    factors: Factors | None = None
 
     def among(self, call: AttentionCall) -> "_Arguments":
         """The same for the call's own tokens, where others stand beside the clip's: those of a reference picture.
@@ -58,12 +60,15 @@ class _Arguments:
         alone = torch.ones(before + clip + after, dtype=torch.bool, device=call.key.device)
         alone[before : before + clip] = False
         of_query, of_key = (pad(t, (0, 0, before, after)) for t in (self.of_query, self.of_key))
-        return _Arguments(of_query, of_key, pad(self.strength, (before, after)), self.blocks, alone)
+        return _Arguments(of_query, of_key, pad(self.size, (before, after)), self.blocks, alone)
 
     def of_queries(self, queries: slice) -> "_Arguments":
         """The same for some of the queries, where another pack asks for a few at a time."""
         part = slice(queries.start, min(queries.stop, self.of_query.shape[1]))
-        return _Arguments(self.of_query[:, part], self.of_key, self.strength[:, part], self.blocks, self.alone)
+        return _Arguments(self.of_query[:, part], self.of_key, self.size[:, part], self.blocks, self.alone)
+
+    def factored(self, overlap: Overlap) -> "_Arguments":
+        return replace(self, factors=region_factors(self.of_query, self.of_key, overlap))
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,11 @@ class _Prompt:
 
     placed: Placed | None
     table: Table
+
+    @property
+    def key(self) -> tuple:
+        """Equal for prompts of a run that bring the same: the run keeps layouts and tables."""
+        return self.placed and (id(self.placed.layout), self.placed.length, self.placed.offset), id(self.table)
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,16 +142,16 @@ class RegionModulation:
         if arguments is None:
             return None
         self._check_alone(call)
-        if call.query.shape[2] < arguments.of_query.shape[1]:
-            arguments = arguments.of_queries(slice(call.first, call.first + call.query.shape[2]))
+        strength = modulation_strength(1 - call.percent, arguments.size, to_words=call.kind == "cross")
         return modulated_attention(
             call.query,
             call.key,
             call.value,
             arguments.of_query,
             arguments.of_key,
-            (self._factor(call.kind) * arguments.strength).clamp(max=0.999),
+            (self._factor(call.kind) * strength).clamp(max=0.999),
             overlap=prompts_of(call.run).layouts[0].rules.overlap,
+            factors=arguments.factors,
             mask=call.mask,
             scale=call.scale,
             blocks=arguments.blocks,
@@ -168,10 +178,27 @@ class RegionModulation:
         return call.level > 1 or call.grid[1] * call.grid[2] <= FINEST
 
     def _arguments(self, call: AttentionCall) -> _Arguments | None:
-        """None where no prompt of the call has regions."""
-        parts = {"cross": self._of_cross, "joint": self._of_joint, "temporal": self._of_time}
+        """None where no prompt of the call has regions. Made once for all layers and steps that have the same."""
         prompts = [self._prompt(call, chunk) for chunk in range(len(call.run.prompts))]
-        return parts.get(call.kind, self._of_self)(call, prompts) if any(prompts) else None
+        if not any(prompts):
+            return None
+        of_prompts, run, asked = prompts_of(call.run), call.run, (call.query, call.key)
+        key = (
+            *(call.kind, call.grid, call.first, call.inflation, call.query.device, *(t.shape[:3] for t in asked)),
+            *(run.prompts, run.frames, run.patch, run.clip_at, run.before, run.crops_text),
+            tuple(prompt and prompt.key for prompt in prompts),
+        )
+
+        @torch.inference_mode(False)  # a gradient pass takes what sampling has left
+        def make() -> _Arguments:
+            return self._made(call, prompts).factored(of_prompts.layouts[0].rules.overlap)
+
+        return of_prompts.once(key, make)
+
+    def _made(self, call: AttentionCall, prompts: Sequence[_Prompt | None]) -> _Arguments:
+        parts = {"cross": self._of_cross, "joint": self._of_joint, "temporal": self._of_time}
+        made, asked = parts.get(call.kind, self._of_self)(call, prompts), call.query.shape[2]
+        return made if asked == made.of_query.shape[1] else made.of_queries(slice(call.first, call.first + asked))
 
     def _prompt(self, call: AttentionCall, chunk: int) -> _Prompt | None:
         """A prompt of the batch, where the call's kind of attention follows regions."""
@@ -191,9 +218,8 @@ class RegionModulation:
         """Rows are frames, or of an inflated model several: (B, N, K) for queries, (B, M, K) for keys."""
         tokens, size = _stacked(call, prompts, "of_clip")
         chunks, of_queries, of_keys = *rows_of(call), rows_of(call, keys=True)[1]
-        strength = modulation_strength(1 - call.percent, _at(size, chunks, of_queries))
-        strength = strength * _active(call, prompts)[chunks][:, None]
-        found = _Arguments(_at(tokens, chunks, of_queries), _at(tokens, chunks, of_keys), strength)
+        size = _at(size, chunks, of_queries) * _active(call, prompts)[chunks][:, None]
+        found = _Arguments(_at(tokens, chunks, of_queries), _at(tokens, chunks, of_keys), size)
         return found.among(call) if call.kind == "spacetime" else found
 
     def _of_cross(self, call: AttentionCall, prompts: Sequence[_Prompt | None]) -> _Arguments:
@@ -201,14 +227,13 @@ class RegionModulation:
         tokens, size = _stacked(call, prompts, "of_frame")
         chunks, frames = rows_of(call)
         text = _text(call, prompts, call.key.shape[2])
-        strength = modulation_strength(1 - call.percent, _at(size, chunks, frames), to_words=True)
-        strength = strength * _active(call, prompts)[chunks][:, None]
+        size = _at(size, chunks, frames) * _active(call, prompts)[chunks][:, None]
         of_query = _at(tokens, chunks, frames)[..., : text.shape[2]]
         if call.run.patch is not None:  # tokens of a reference picture see the prompt as without regions
             before, _, after = call.parts(call.query)
             around = before, max(after, 0)  # a part of the queries is shorter than the clip
-            of_query, strength = pad(of_query, (0, 0, *around)), pad(strength, around)
-        return _Arguments(of_query, text[chunks], strength)
+            of_query, size = pad(of_query, (0, 0, *around)), pad(size, around)
+        return _Arguments(of_query, text[chunks], size)
 
     def _of_joint(self, call: AttentionCall, prompts: Sequence[_Prompt | None]) -> _Arguments:
         """Queries and keys are the text's tokens and the clip's; text queries stay.
@@ -219,19 +244,19 @@ class RegionModulation:
         clip, size = tokens.flatten(1, 2), size.flatten(1)
         text = _text(call, prompts, call.key.shape[2] - clip.shape[1])
         text = pad(text, (0, clip.shape[2] - text.shape[2]))
-        strength = modulation_strength(1 - call.percent, size) * _active(call, prompts)[:, None]
-        parts = [(text, strength.new_zeros(text.shape[:2])), (clip, strength)]
+        size = size * _active(call, prompts)[:, None]
+        parts = [(text, size.new_zeros(text.shape[:2])), (clip, size)]
         if call.run.clip_at == "first":
             parts.reverse()
-        of_all, strength = (torch.cat(of_parts, 1) for of_parts in zip(*parts, strict=True))
-        return _Arguments(of_all, of_all, strength, [of_part.shape[1] for of_part, _ in parts])
+        of_all, size = (torch.cat(of_parts, 1) for of_parts in zip(*parts, strict=True))
+        return _Arguments(of_all, of_all, size, [of_part.shape[1] for of_part, _ in parts])
 
     def _of_time(self, call: AttentionCall, prompts: Sequence[_Prompt | None]) -> _Arguments:
         """Rows are places, tokens frames: a place may change its region as objects move."""
         tokens, size = _stacked(call, prompts, "of_clip")
-        strength = modulation_strength(1 - call.percent, size) * _active(call, prompts)[:, None, None]
-        tokens, strength = (t.transpose(1, 2).flatten(0, 1) for t in (tokens, strength))  # (P N, f, K), (P N, f)
-        return _Arguments(tokens, tokens, strength)
+        size = size * _active(call, prompts)[:, None, None]
+        tokens, size = (t.transpose(1, 2).flatten(0, 1) for t in (tokens, size))  # (P N, f, K), (P N, f)
+        return _Arguments(tokens, tokens, size)
 
 
 def _stacked(call: AttentionCall, prompts: Sequence[_Prompt | None], size: str) -> tuple[Tensor, Tensor]:

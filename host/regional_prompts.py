@@ -5,10 +5,11 @@ and its uuid, which the host hands to every call; by the uuid alone it is not, s
 an area into the other prompts.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from types import MappingProxyType
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +27,10 @@ CALL = "spacetime_edit_conditionings"
 SOURCE_POSITIVE = "source_positive"
 """The guider's name of the prompt of the source clip, which is not one of the edit's."""
 
+KEPT = 64
+"""Kinds of attention calls whose regions are kept at once."""
+
+Result = TypeVar("Result")
 Area = tuple[int, ...] | None
 """(height, width, top, left) in cells of the latent; None: the whole frame."""
 
@@ -83,6 +88,7 @@ class RegionalPrompts:
     replaced: Mapping[str, frozenset] = field(default_factory=dict)
     _placed: dict = field(default_factory=dict, repr=False)
     _tables: dict = field(default_factory=dict, repr=False)
+    _once: dict = field(default_factory=dict, repr=False)
 
     def __post_init__(self):
         self.say_once = cache(self.say)
@@ -172,6 +178,15 @@ class RegionalPrompts:
                 f"{expected[0]} cells, so the place of the regions is not known; remove the node that cuts frames into "
                 f"tiles or resizes them (Tiled Diffusion), or the ST-Layout Attention Patch"
             )
+
+    def once(self, key: Hashable, make: Callable[[], Result]) -> Result:
+        """What `make` gives, kept for the next calls of this run; of many kinds of calls, such as those of many context
+        windows, it is made again."""
+        if key not in self._once:
+            if len(self._once) == KEPT:
+                self._once.clear()
+            self._once[key] = make()
+        return self._once[key]
 
     def table(self, layout: Layout, area: Area, call: AttentionCall) -> Table:
         """Of a layout on the call's grid, made once."""

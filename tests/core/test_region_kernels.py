@@ -78,6 +78,20 @@ def test_rows_of_no_strength_are_plain_attention(kernels):
     assert worst(found[:, :, 1::2], plain[:, :, 1::2].double()) > 1e-2
 
 
+@pytest.mark.parametrize("name", ["any", "padding and blocks", "keys left alone"])
+def test_tiles_of_rows_of_no_strength(kernels, name):
+    """Whole tiles of rows, and a whole batch item: no extrema are searched for them."""
+    tensors, options = prepared(CASES[name])
+    tensors = [*tensors[:5], tensors[5].clone()]
+    tensors[5][:, :, :16] = 0
+    tensors[5][-1] = 0
+    mask = options.get("mask")
+    found = modulated_attention(
+        *cast(tensors, torch.float32), **options | ({} if mask is None else {"mask": mask.float()})
+    )
+    assert worst(found, dense(*(t.float().double() for t in tensors), **options)) < 2e-5
+
+
 def test_any_layout_of_the_tensors_in_memory(kernels):
     """As the host splits heads off: tokens, heads, channels; keys and values as parts of one tensor."""
     query, key, value, u, v, strength = (t.float() for t in problem(4))

@@ -4,13 +4,20 @@ from bisect import bisect_left
 
 import pytest
 import torch
-from comfy.context_windows import IndexListContextWindow
+from comfy.context_windows import (
+    IndexListContextHandler,
+    IndexListContextWindow,
+    get_matching_context_schedule,
+    get_matching_fuse_method,
+)
+from comfy.samplers import calculate_sigmas, sampler_object
 from spacetime_edit.core.regions import EVERY, Region
 from spacetime_edit.host import region_patch
 from spacetime_edit.host.attention_call import SOURCE_RUN
 from spacetime_edit.host.attention_tap import AttentionTap
 from spacetime_edit.host.region_patch import RegionModulation, patch_regions
 from spacetime_edit.host.region_prompt import LAYOUT, Layout, encode_regional_prompt, with_layout
+from spacetime_edit.host.regional_prompts import RegionalPrompts
 from spacetime_edit.tests.host import support
 from torch.nn.functional import avg_pool2d
 
@@ -404,3 +411,42 @@ def test_a_prompt_that_is_changed_inside_the_model_is_refused_and_named(sd15):
     positive = with_layout(support.sd15_conditioning(), SD15_LAYOUT)
     with pytest.raises(ValueError, match="positive: the regional prompt 'a prompt' has 7 text tokens, but .* sees 8"):
         support.prediction(patched, positive, clip_latent(side=8), sigma=8.0)
+
+
+# --- made once for a run ------------------------------------------------
+
+
+def in_windows(model):
+    """Of three frames each, of which the last begins the next."""
+    schedule, fuse = get_matching_context_schedule("standard_static"), get_matching_fuse_method("pyramid")
+    model.model_options["context_handler"] = IndexListContextHandler(
+        schedule, fuse, context_length=3, context_overlap=1, dim=0
+    )
+    return model
+
+
+@pytest.mark.parametrize("of", [lambda model: model, in_windows], ids=["whole clip", "context windows"])
+def test_what_layers_and_steps_share_is_made_once_and_no_bit_changes(tiny, monkeypatch, of):
+    """Two prompts with the regions exchanged, one after another."""
+    prompts = (PROMPT, regions(), 0.0, 0.4), ("a red circle, a green square", regions()[::-1], 0.4, 1.0)
+    positive = [
+        [tensor, about | {"start_percent": start, "end_percent": end}]
+        for prompt, own, start, end in prompts
+        for tensor, about in encode_regional_prompt(tiny.clip, prompt, own)
+    ]
+    model = of(patch_regions(tiny.model, RegionModulation(end=1.0, temporal_strength=1.0)))
+    sigmas = calculate_sigmas(model.get_model_object("model_sampling"), "normal", 8)
+    made, factors = [], region_patch.region_factors
+    monkeypatch.setattr(region_patch, "region_factors", lambda *given: made.append(1) or factors(*given))
+
+    def sampled():
+        """The result, and how many times the regions of a call were made."""
+        made.clear()
+        guider, noise = support.guider_of(model, positive, support.encode(tiny, ""), 3.0), clip_latent()
+        empty = torch.zeros_like(noise)
+        return guider.sample(noise, empty, sampler_object("euler"), sigmas, disable_pbar=True, seed=0), len(made)
+
+    (kept, few), _ = sampled(), monkeypatch.setattr(RegionalPrompts, "once", lambda self, key, make: make())
+    anew, many = sampled()
+    assert torch.equal(kept, anew)
+    assert few * 8 <= many
