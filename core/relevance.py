@@ -18,10 +18,10 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
 from .float64 import dot
+from .tile_operations import HALF, SumOverFrames, frames_at, scores, working
 
 Paths = Literal["spatial-temporal", "temporal-spatial", "both", "concat"]
 
@@ -253,12 +253,12 @@ class _Tiles:
             return function(*tensors)
         return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False)
 
-    def log_sums(self, query: Tensor, key: Tensor, scale: float) -> Tensor:
+    def log_sums(self, query: Tensor, key: Tensor, scale: float, exact: bool) -> Tensor:
         """Log-sum-exp (B, H, N) of the logits of each query, query (B, H, N, D), key (B, H, M, D)."""
 
         def of_rows(query: Tensor, key: Tensor) -> Tensor:
             self.on_tile()
-            return torch.logsumexp(query * scale @ key.mT, -1)
+            return torch.logsumexp(scores(query, key, scale, exact), -1)
 
         at_once = max(1, self.frames * self.rows**2 // (len(key) * key.shape[2]))  # logits as large as a tile
         return torch.cat([self.formed(of_rows, query[:, :, p], key) for p in _blocks(query.shape[2], at_once)], 2)
@@ -268,15 +268,12 @@ def _blocks(tokens: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
 
 
-def _working(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
 @dataclass(frozen=True)
 class _SeparateMaps:
     """One clip's factors in the working precision, of frames that attend to themselves, and a temporal map.
 
     query and key (F, H, N, D), tau (F, F, H, N), lse (F, H, N) of each query's logits; None: a tile holds whole rows.
+    exact: see `tile_operations.scores`.
     """
 
     query: Tensor
@@ -284,24 +281,27 @@ class _SeparateMaps:
     tau: Tensor
     lse: Tensor | None
     scale: float
+    exact: bool
 
     @classmethod
     def of(cls, features: AttentionFeatures, tiles: _Tiles) -> "_SeparateMaps":
-        query, key, scale = _working(features.query), _working(features.key), features.logit_scale
-        tau = _working(features.temporal).permute(2, 3, 1, 0)
-        return cls(query, key, tau, None if tiles.is_one else tiles.log_sums(query, key, scale), scale)
+        query, key, scale = working(features.query), working(features.key), features.logit_scale
+        exact = features.query.dtype in HALF
+        lse = None if tiles.is_one else tiles.log_sums(query, key, scale, exact)
+        return cls(query, key, working(features.temporal).permute(2, 3, 1, 0), lse, scale, exact)
 
     @property
     def tensors(self) -> list[Tensor]:
         return [t for t in (self.query, self.key, self.tau, self.lse) if t is not None]
 
     def with_tensors(self, query: Tensor, key: Tensor, tau: Tensor, lse: Tensor | None = None) -> "_SeparateMaps":
-        return _SeparateMaps(query, key, tau, lse, self.scale)
+        return replace(self, query=query, key=key, tau=tau, lse=lse)
 
     def spatial(self, p: slice, q: slice) -> Tensor:
         """S_i(p, q): (F, H, P, Q)."""
-        logits = self.query[:, :, p] * self.scale @ self.key[:, :, q].mT
-        return logits.softmax(-1) if self.lse is None else (logits - self.lse[:, :, p, None]).exp()
+        less = None if self.lse is None else self.lse[:, :, p]
+        logits = scores(self.query[:, :, p], self.key[:, :, q], self.scale, self.exact, less)
+        return logits.softmax(-1) if less is None else logits.exp_()
 
     def scores(self, places: list[Pair], form: _Form, weight: Tensor | None) -> Iterator[Tensor]:
         """Omega_i(p, q) at these places, a tile and its mirror image: each (F, H, P, Q)."""
@@ -346,65 +346,55 @@ class _SeparateMaps:
 @dataclass(frozen=True)
 class _JointMaps:
     """One clip's factors in the working precision, of attention over all frames: query, key (F, H, N, D), lse (F, H, N)
-    of each query's logits."""
+    of each query's logits. exact: see `tile_operations.scores`."""
 
     query: Tensor
     key: Tensor
     lse: Tensor
     scale: float
+    exact: bool
 
     @classmethod
     def of(cls, features: AttentionFeatures, tiles: _Tiles) -> "_JointMaps":
-        query, key, scale = _working(features.query), _working(features.key), features.logit_scale
+        query, key, scale = working(features.query), working(features.key), features.logit_scale
+        exact = features.query.dtype in HALF
         asking, seen = (t.transpose(0, 1).flatten(1, 2)[None] for t in (query, key))  # (1, H, F N, D)
         if features.extra_keys is not None:
-            seen = torch.cat([seen, _working(features.extra_keys)[None]], 2)
-        lse = tiles.log_sums(asking, seen, scale)[0].unflatten(1, (tiles.frames, tiles.tokens)).transpose(0, 1)
-        return cls(query, key, lse, scale)
+            seen = torch.cat([seen, working(features.extra_keys)[None]], 2)
+        lse = tiles.log_sums(asking, seen, scale, exact)[0].unflatten(1, (tiles.frames, tiles.tokens)).transpose(0, 1)
+        return cls(query, key, lse, scale, exact)
 
     @property
     def tensors(self) -> list[Tensor]:
         return [self.query, self.key, self.lse]
 
-    def with_tensors(self, *tensors: Tensor) -> "_JointMaps":
-        return _JointMaps(*tensors, self.scale)
+    def with_tensors(self, query: Tensor, key: Tensor, lse: Tensor) -> "_JointMaps":
+        return replace(self, query=query, key=key, lse=lse)
 
     def attention(self, i: slice, j: slice, p: slice, q: slice) -> Tensor:
         """A(i, p -> j, q) of as many frames i as j: (frames, H, P, Q)."""
-        logits = self.query[i, :, p] * self.scale @ self.key[j, :, q].mT
-        return (logits - self.lse[i, :, p, None]).exp()
+        return scores(self.query[i, :, p], self.key[j, :, q], self.scale, self.exact, self.lse[i, :, p]).exp_()
 
     def scores(self, places: list[Pair], form: _Form, weight: Tensor | None) -> Iterator[Tensor]:
         """As `_SeparateMaps.scores`."""
-        frames, totals = len(self.query), [0] * len(places)
+        sums: dict[tuple[int, int], SumOverFrames] = {}
         for d, place, part in self._parts(places, form):
-            p, q = places[place]
-            if weight is not None:
-                near, far = _frames_at(frames, d)
-                part = part * weight[near, None, p, None] * weight[far, None, None, q]
-            part = pad(part, (0, 0, 0, 0, 0, 0, max(0, -d), max(0, d)))
-            if form.per_pair:
-                yield part
-            else:
-                totals[place] = totals[place] + part
-        if not form.per_pair:
-            yield from totals
+            key = place, d if form.per_pair else 0
+            if key not in sums:
+                sums[key] = SumOverFrames(len(self.query), *places[place], weight)
+            sums[key].add(d, part)
+        for key in sorted(sums):
+            yield sums.pop(key).total
 
     def _parts(self, places: list[Pair], form: _Form) -> Iterator[tuple[int, int, Tensor]]:
-        """(d, number of the place, g(I_i(p), I_j(q)) of all pairs j = i + d). What j says of i both ways is what i says
-        of j, transposed, so that half of the maps do."""
+        """(d, number of the place, what is a part of g(I_i(p), I_j(q)) of all pairs j = i + d)."""
         for d in range(1, form.reach + 1):
-            near, far = _frames_at(len(self.query), d)
-            ahead = [self.attention(near, far, *place) for place in places]
-            back = [self.attention(far, near, *place) for place in places]
-            if form.bidirectional:
-                ahead = [a + b.mT for a, b in zip(ahead, reversed(back), strict=True)]
-                back = [a.mT for a in reversed(ahead)]
-            for place, (a, b) in enumerate(zip(ahead, back, strict=True)):
-                yield d, place, a
-                yield -d, place, b
-
-
-def _frames_at(frames: int, d: int) -> tuple[slice, slice]:
-    """The frames i that have a frame j = i + d, and those j."""
-    return slice(max(0, -d), frames - max(0, d)), slice(max(0, d), frames + min(0, d))
+            near, far = frames_at(len(self.query), d)
+            for place, (p, q) in enumerate(places):
+                ahead, back = self.attention(near, far, p, q), self.attention(far, near, p, q)
+                yield d, place, ahead
+                yield -d, place, back
+                if form.bidirectional:  # what j says of i, at the mirrored place
+                    mirrored = len(places) - 1 - place
+                    yield -d, mirrored, ahead.mT
+                    yield d, mirrored, back.mT
