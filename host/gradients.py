@@ -107,6 +107,15 @@ def normal_tensor(tensor: Tensor) -> Tensor:
         return tensor.clone()
 
 
+def _of_layer(output: Tensor) -> Tensor:
+    """What a layer has put out under inference mode, as a tensor that autograd may save: in its own memory, which is
+    nobody else's."""
+    if type(output) is not Tensor:
+        return normal_tensor(output)
+    memory = output.untyped_storage(), output.storage_offset(), output.shape, output.stride()
+    return torch.empty(0, dtype=output.dtype, device=output.device).set_(*memory)
+
+
 def _control_networks(cond: dict) -> Iterator[torch.nn.Module]:
     """Of the ControlNets of one processed conditioning."""
     control = cond.get("control")
@@ -251,7 +260,7 @@ def _weight_free(module):
         if not x.requires_grad:  # of the prompt or the time, say: nothing to record, so the very kernel of sampling
             with torch.inference_mode():
                 y = original(x)
-            return normal_tensor(y)
+            return _of_layer(y)
         return _WeightFree.apply(x, module, original)
 
     return forward
@@ -263,7 +272,7 @@ class _WeightFree(torch.autograd.Function):
         ctx.module, ctx.shape = module, x.shape
         with torch.inference_mode():
             y = original(x)
-        return normal_tensor(y)
+        return _of_layer(y)
 
     @staticmethod
     def backward(ctx, grad):
