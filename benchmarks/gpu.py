@@ -1,15 +1,16 @@
 """What a CPU cannot tell: half precision, the methods, region attention and Wan's size on a card.
 
     python benchmarks/gpu.py [--only PART ...] [--device cuda | cpu] [--quick] [--folder assets/tiny_t2v]
-                             [--seconds 140] [--json PATH]
+                             [--seconds 160] [--json PATH]
 
 precision  the embedded model in float16 and bfloat16 against float32, all on the card: the latents of clips that the
            host samples, and how well an inverted clip comes back
-fp16, bf16 inversion, prompt swap, STR-Match, ST-Layout and DreamMotion on one clip against float32; seconds. An edit
-           by STR-Match goes its own way after any rounding, so what is judged is where single steps of it move
+fp16, bf16 inversion, prompt swap, STR-Match, ST-Layout and DreamMotion on one clip against float32; seconds. Of
+           STR-Match what is judged is where single steps of it move
 methods    the same in float32 against the CPU, which another process computes meanwhile; seconds
 attention  region attention in half precision against stock attention: time, by the kernel and by PyTorch, memory beyond
            query, key, value and output, error
+loss       the loss of STR-Match of one block of Wan 1.3B, with its gradient: seconds, memory, error
 wan        a step of STR-Match and of ST-Layout through Wan 1.3B with random weights at 480p: seconds, and peak memory
            against what *Predict Cost* says
 
@@ -58,6 +59,7 @@ from spacetime_edit.benchmarks._parts import Row, Rows, at_least, at_most, run_p
 from spacetime_edit.benchmarks._random_wan import WanClip, Watched, random_wan
 from spacetime_edit.core.region_attention import modulated_attention
 from spacetime_edit.core.regions import Region
+from spacetime_edit.core.relevance import AttentionFeatures, matching_loss
 from spacetime_edit.core.trajectory import Trajectory
 from spacetime_edit.host.distillation import Distillation, optimise
 from spacetime_edit.host.features import key_blocks
@@ -82,7 +84,11 @@ LEAST_CPU_DB = {ONE_CALL: 80.0, FRAMES_OF: 30.0, INVERSION: 50.0, SWAP: 50.0, LA
 MAX_TIME, MAX_BACKWARD = {40: 2.8, 64: 2.0, 128: 2.0}, 2.5  # of region attention, by the width of heads
 MAX_MEMORY, MAX_ERROR = 0.1, 1.5
 WAN_CALL = (1, 12, 32760, 128)
+WAN_BLOCK = (9, 12, 1560, 128)  # frames, heads, tokens, width: 33 frames of 832 x 480
+MAX_LOSS_SECONDS, MAX_LOSS_GB = 0.15, 2.0
+MAX_OF_LEFT, LEAST_LOSS_COSINE = 1e-2, 0.9999  # of 1 + loss, and of the gradient, against float64
 MAX_GIB, MAX_OF_PREDICTED = 24.0, 1.1
+MAX_MATCHED, MAX_REGIONAL = 3.0, 1.7  # steps in plain ones
 
 
 # --- measuring ----------------------------------------------------------
@@ -422,19 +428,55 @@ def attention(tiny: Tiny) -> Rows:
         yield from attention_rows(shape, 4, "bf16", True)
 
 
+# --- the loss of STR-Match --------------------------------------------------
+
+
+def block(shape: tuple[int, ...], noise: float) -> AttentionFeatures:
+    """Query and key of attention over all frames in bfloat16, off by some noise."""
+    device = management.get_torch_device()
+    generator = torch.Generator(device).manual_seed(0)
+    clip, other = (torch.randn(2, *shape, generator=generator, device=device) for _ in range(2))
+    return AttentionFeatures(*(clip + noise * other).bfloat16())
+
+
+def loss_and_gradient(source: AttentionFeatures, target: AttentionFeatures) -> tuple[float, Tensor]:
+    leaves = [tensor.clone().requires_grad_() for tensor in target.tensors]
+    value = matching_loss(source, AttentionFeatures(*leaves))
+    gradient = torch.autograd.grad(value, leaves)
+    return float(value.detach()), torch.cat([g.flatten() for g in gradient]).double()
+
+
+def loss(tiny: Tiny) -> Rows:
+    shape = (3, 2, 60, 128) if tiny.quick else WAN_BLOCK
+    source, target = block(shape, 0.0), block(shape, 0.3)
+    run = partial(loss_and_gradient, source, target)
+    yield at_most("time of loss and gradient", typical_seconds(run), "s", MAX_LOSS_SECONDS)
+    yield at_most("extra memory", extra_bytes(run) / 1e9, "GB", MAX_LOSS_GB)
+    small = (3, 2, 60 if tiny.quick else 400, 128)
+    for noise in (1.0, 0.3, 0.1, 0.03):
+        source, target = block(small, 0.0), block(small, noise)
+        value, gradient = loss_and_gradient(source, target)
+        exact, wanted = loss_and_gradient(*(f.map(Tensor.double) for f in (source, target)))
+        what, error = f"at a cosine of {-exact:.4f}", abs((1 + value) / (1 + exact) - 1)
+        yield at_most(f"{what}: error of 1 + loss", error, "of it", MAX_OF_LEFT)
+        cosine = float(cosine_similarity(gradient, wanted, dim=0))
+        yield at_least(f"{what}: gradient against float64", cosine, "cosine", LEAST_LOSS_COSINE)
+
+
 # --- Wan 1.3B -----------------------------------------------------------------
 
 WAN = {"dim": 1536, "ffn_dim": 8960, "num_heads": 12, "num_layers": 30, "text_dim": 4096}
 SMALL_WAN = {"dim": 128, "ffn_dim": 64, "num_heads": 1, "num_layers": 3, "text_dim": 32}
 
 
-def matched_rows(clip: WanClip, what: str, memory: str) -> Rows:
+def matched_rows(clip: WanClip, what: str, memory: str, plain: float) -> Rows:
     matching = RelevanceMatching(str_score_of(clip.trajectory), memory=memory)
     watched = Watched(matching)
     step, _ = peak_of(lambda: clip.step_seconds(before=[watched]))
     predicted = (clip.model.model_size() + watched.report.memory.total(watched.report.checkpointing)) / GIB
     what = f"{what}, STR-Match, memory {memory}"
-    yield Row(f"{what}: step", step, "s")
+    row = f"{what}: step", step / plain, "x the plain one"
+    yield at_most(*row, MAX_MATCHED) if memory == "auto" else Row(*row)
     yield Row(f"{what}: of it the matching", watched.seconds, "s")
     if on_card():
         peak = watched.peak / GIB
@@ -455,13 +497,13 @@ def wan(tiny: Tiny) -> Rows:
         yield Row(f"{what}: plain step", plain, "s")
         if on_card():
             yield at_most(f"{what}: its peak", peak, "GiB", MAX_GIB)
-        yield from matched_rows(clip, what, "auto")
+        yield from matched_rows(clip, what, "auto", plain)
         regional = patch_regions(model, RegionModulation(end=1.0))
         time, peak = peak_of(lambda clip=clip, regional=regional: clip.step_seconds(regional))
-        yield Row(f"{what}, {LAYOUT}: step", time / plain, "x the plain one")
+        yield at_most(f"{what}, {LAYOUT}: step", time / plain, "x the plain one", MAX_REGIONAL)
         if on_card():
             yield at_most(f"{what}, {LAYOUT}: peak", peak, "GiB", MAX_GIB)
-        yield from matched_rows(clip, what, "low")
+        yield from matched_rows(clip, what, "low", plain)
 
 
 # --- running ------------------------------------------------------------------
@@ -472,6 +514,7 @@ PARTS: dict[str, tuple[Callable[..., Rows], float]] = {  # with its limit in sec
     "bf16": (partial(half_precision, "bf16"), 25),
     "methods": (methods, 35),  # by now the process on the CPU is done
     "attention": (attention, 25),
+    "loss": (loss, 20),
     "wan": (wan, 80),
 }
 
@@ -482,7 +525,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to try the script out")
     parser.add_argument("--folder", default=unet3d.EMBEDDED, help="diffusers folder; by default the embedded model")
-    parser.add_argument("--seconds", type=float, default=140.0, help="of everything, imports included")
+    parser.add_argument("--seconds", type=float, default=160.0, help="of everything, imports included")
     parser.add_argument("--json", type=Path, help="also write the figures here, after each part")
     parser.add_argument("--reference", nargs=2, help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -496,7 +539,7 @@ def run_in_time(name: str, part: Callable[[], Rows], arguments: argparse.Namespa
         return {"rows": [], "error": "not run", "seconds": 0.0}
     limit = PARTS[name][1] * (4 if arguments.quick else 1)
     # the host runs nodes in inference mode; backward passes of attention alone want normal tensors
-    with contextlib.nullcontext() if name == "attention" else torch.inference_mode():
+    with contextlib.nullcontext() if name in ("attention", "loss") else torch.inference_mode():
         return run_part(name, part, min(left, limit))
 
 
