@@ -14,10 +14,12 @@ class NodeText:
 
     def show(self, text: str) -> None:
         """Shows a text, where there is a server and a graph to show it."""
+        if not self.node:
+            return
         from server import PromptServer
 
         server = getattr(PromptServer, "instance", None)
-        if self.node and server is not None:
+        if server is not None:
             server.send_progress_text(text, self.node)
 
     def __call__(self, text: str) -> None:
