@@ -66,14 +66,11 @@ def _query(tensor, rows, stride, valid, WIDTH: tl.constexpr, FIRST: tl.constexpr
 
 
 @triton.jit
-def _region_attention(
-    Query, Key, Value, Out, OfQuery, OfKey, Strength, Mask, Alone, Ends,
-    query_b, query_h, query_n, key_b, key_h, key_n, value_b, value_h, value_n, out_b, out_h, out_n,
-    of_query_b, of_key_b, strength_b, strength_h, strength_n, mask_b,
-    heads, count, scale, hidden,
-    WIDTH: tl.constexpr, WIDE: tl.constexpr, REST: tl.constexpr, CHANNELS: tl.constexpr, BLOCKS: tl.constexpr,
-    HAS_MASK: tl.constexpr, HAS_ALONE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+def _program(
+    Query, Key, query_b, query_h, query_n, key_b, key_h, heads, count,
+    WIDTH: tl.constexpr, WIDE: tl.constexpr, REST: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
+    """Of one program: batch item, head, rows, which of them there are, their queries in two parts, the keys."""
     batch, head = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = rows < count
@@ -82,7 +79,22 @@ def _region_attention(
     rest = query
     if REST > 0:
         rest = _query(queries, rows, query_n, inside, WIDTH, WIDE, REST)
-    keys, values = Key + batch * key_b + head * key_h, Value + batch * value_b + head * value_h
+    return batch, head, rows, inside, query, rest, Key + batch * key_b + head * key_h
+
+
+@triton.jit
+def _region_attention(
+    Query, Key, Value, Out, OfQuery, OfKey, Strength, Mask, Alone, Ends,
+    query_b, query_h, query_n, key_b, key_h, key_n, value_b, value_h, value_n, out_b, out_h, out_n,
+    of_query_b, of_key_b, strength_b, strength_h, strength_n, mask_b,
+    heads, count, scale, hidden,
+    WIDTH: tl.constexpr, WIDE: tl.constexpr, REST: tl.constexpr, CHANNELS: tl.constexpr, BLOCKS: tl.constexpr,
+    HAS_MASK: tl.constexpr, HAS_ALONE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    batch, head, rows, inside, query, rest, keys = _program(
+        Query, Key, query_b, query_h, query_n, key_b, key_h, heads, count, WIDTH, WIDE, REST, ROWS
+    )
+    values = Value + batch * value_b + head * value_h
     of_query = _query(OfQuery + batch * of_query_b, rows, CHANNELS, inside, CHANNELS, 0, CHANNELS)
     strength = tl.load(Strength + batch * strength_b + head * strength_h + rows * strength_n, mask=inside, other=0.0)
     strength = strength.to(tl.float32)
@@ -164,15 +176,9 @@ def _extrema(
     WIDTH: tl.constexpr, WIDE: tl.constexpr, REST: tl.constexpr, HAS_MASK: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    batch, head = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    inside = rows < count
-    queries = Query + batch * query_b + head * query_h
-    query = _query(queries, rows, query_n, inside, WIDTH, 0, WIDE)
-    rest = query
-    if REST > 0:
-        rest = _query(queries, rows, query_n, inside, WIDTH, WIDE, REST)
-    keys = Key + batch * key_b + head * key_h
+    batch, head, rows, inside, query, rest, keys = _program(
+        Query, Key, query_b, query_h, query_n, key_b, key_h, heads, count, WIDTH, WIDE, REST, ROWS
+    )
     high = tl.full([ROWS], float("-inf"), tl.float32)
     low = tl.full([ROWS], float("inf"), tl.float32)
     high_at = tl.zeros([ROWS], tl.int32) + first
