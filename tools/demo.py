@@ -17,7 +17,7 @@ import math
 import sys
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pack import ROOT, host_path, load_pack
 
@@ -119,10 +119,13 @@ def run_edits(server: LiveServer, seed: int) -> list[Result]:
 
 
 def figures(result: Result) -> dict[str, float]:
-    """`FIGURES` of one edit; the background is all that is farther than 6 px from the source's first object."""
+    """`FIGURES` of one edit; the path is that of the true edit, the background all that is farther than 6 px from the
+    source's first object."""
     clip, target = result.clip, world.parse_caption(result.caption)
+    pairs = zip(clip.scene.objects, target.objects, strict=True)
+    wanted = replace(clip.scene, objects=tuple(replace(o, colour=to.colour, shape=to.shape) for o, to in pairs))
     values = (
-        instruments.trajectory_error_px(result.frames, clip.masks),
+        instruments.trajectory_error_px(result.frames, world.render(wanted)[1]),
         instruments.colour_accuracy(result.frames, target),
         instruments.shape_accuracy(result.frames, target),
         instruments.kept_region_psnr_db(result.frames, clip.frames, clip.masks[:1]),
