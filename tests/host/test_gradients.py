@@ -10,6 +10,7 @@ from spacetime_edit.host.gradients import differentiable, latent_gradient, norma
 from spacetime_edit.host.loaders.unet3d import EMBEDDED, load_folder
 from spacetime_edit.host.model_pass import call_model
 from spacetime_edit.tests.host import support
+from spacetime_edit.tools.live_memory import PeakMemory
 
 FRAMES, SIDE, SIGMA = 3, 8, 2.0
 
@@ -235,6 +236,22 @@ def test_an_interrupt_stops_the_backward_pass(tiny):
         assert before.changed() == []
 
     in_a_step(tiny.model, support.encode(tiny), clip(), run)
+
+
+def test_what_a_layer_puts_out_is_not_copied_and_can_be_saved():
+    class Base:
+        diffusion_model = torch.nn.Linear(64, 64)
+
+    x = torch.ones(256, 64)  # under inference mode, as the host's
+    with differentiable(Base):
+        x = x.clone().requires_grad_()
+        with PeakMemory() as memory:
+            y = Base.diffusion_model(x)
+        assert memory.peak == y.numel() * y.element_size()
+        assert not y.is_inference()
+        (gradient,) = torch.autograd.grad((y * y.square()).sum(), x)
+    plain = torch.nn.functional.linear(torch.ones(256, 64), Base.diffusion_model.weight, Base.diffusion_model.bias)
+    torch.testing.assert_close(gradient, 3 * plain.square() @ Base.diffusion_model.weight)
 
 
 def test_the_kitchen_functions_are_plain_inside():
