@@ -49,7 +49,7 @@ class _Scores(torch.autograd.Function):
 def _product(a: Tensor, b: Tensor, scale: float, exact: bool, less: Tensor | None = None) -> Tensor:
     """scale a b - less."""
     out = a.new_empty(*a.shape[:-1], b.shape[-1])
-    behind = a.new_empty(1, 1, 1) if less is None else less[..., None].reshape(-1, a.shape[-2], 1)
+    behind = a.new_zeros(1, 1, 1) if less is None else less[..., None].reshape(-1, a.shape[-2], 1)
     a, b, beta = a.reshape(-1, *a.shape[-2:]), b.reshape(-1, *b.shape[-2:]), 0 if less is None else -1
     with tensor_cores() if exact and a.device.type == "cuda" else contextlib.nullcontext():
         torch.baddbmm(behind, a, b, beta=beta, alpha=scale, out=out.view(-1, *out.shape[-2:]))
