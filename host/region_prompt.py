@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..core.region_attention import Overlap
 from ..core.regions import EVERY, PhraseError, Pooling, Region, phrase_positions
+from .node_text import NodeText
 
 Mode = Literal["paper", "released"]
 
@@ -131,13 +132,19 @@ def _places(layout: Layout, text: str, occurrence: int, strict: bool = False) ->
 
 
 def encode_regional_prompt(
-    clip, prompt: str, regions: Sequence[Region], mode: Mode = "paper", splice: bool = False, node: str | None = None
+    clip,
+    prompt: str,
+    regions: Sequence[Region],
+    mode: Mode = "paper",
+    splice: bool | None = None,
+    node: str | None = None,
 ) -> list:
     """CONDITIONING of a prompt that carries the Layout of the regions in it.
 
-    splice: put the embedding of each phrase encoded by itself in its place, as the public code does: a phrase then
-    knows nothing of the others. Raises ValueError naming phrase and prompt where a phrase is not in the prompt, or
-    more than once and no occurrence is chosen.
+    splice: put the embedding of each phrase encoded by itself in its place: a phrase then knows nothing of the others.
+    None: as the public code does in its own mode, but where the text encoder is a language model. node: where it is
+    said what does nothing. Raises ValueError naming phrase and prompt where a phrase is not in the prompt, or more than
+    once and no occurrence is chosen.
     """
     if clip is None:
         raise ValueError(
@@ -150,7 +157,9 @@ def encode_regional_prompt(
         return _without_template(tokens_of(text)[0], around)
 
     words, templated = tokenize(prompt), any(token is not None for token in around)
-    starts = _starts(words, tokens_of(prompt)[1], tokenize) if templated else None
+    _, parts, weights = tokens_of(prompt)
+    starts = _starts(words, parts, tokenize) if templated else None
+    splice = mode == "released" and not templated if splice is None else splice
     whole = Layout(prompt, tuple(regions), (), len(words), mode, tuple(words), tokenize, starts)
     phrases = any(region.phrase.strip() for region in regions)
     if templated and phrases:
@@ -166,6 +175,7 @@ def encode_regional_prompt(
         )
     positions = tuple(tuple(place - cut for place in places) for _, places in found)
     if splice and phrases:
+        _say_lost_weights([(text, [weights[place] for place in places]) for text, places in found], NodeText(node))
         conditioning = _spliced(clip, tokens_of, conditioning, [text for text, _ in found], positions)
     starts = None if starts is None else frozenset(place - cut for place in starts)
     known = {"positions": positions, "length": length, "words": tuple(words[cut:]), "starts": starts, "node": node}
@@ -185,26 +195,37 @@ def _check_language_model(tokenize: Callable[[str], list[object]], splice: bool)
     if splice:
         raise ValueError(
             "splice: this text encoder is a language model, in which a phrase alone is not what it is in a prompt; "
-            "switch splice off and choose mode paper"
+            "switch splice off"
         )
 
 
-def _tokenizer(clip) -> Callable[[str], tuple[list[object], list[int]]]:
+def _say_lost_weights(found: Sequence[tuple[str, Sequence[float]]], say: NodeText) -> None:
+    """found: phrases with the weights of their words in the prompt."""
+    lost = [repr(text) for text, weights in found if any(weight != 1 for weight in weights)]
+    if lost:
+        say(
+            f"The weights of {' and '.join(lost)} in the prompt do nothing, since phrases are encoded by themselves: "
+            f"choose mode paper, without splice, to keep them."
+        )
+
+
+def _tokenizer(clip) -> Callable[[str], tuple[list[object], list[int], list[float]]]:
     """What gives the tokens of a text by a CLIP's tokenizer, without holding its text encoder in memory."""
     options = {"tokenizer_options": clip.tokenizer_options} if clip.tokenizer_options else {}
     return partial(_tokens, partial(clip.tokenizer.tokenize_with_weights, return_word_ids=True, **options))
 
 
-def _tokens(tokenize: Callable[[str], dict], text: str) -> tuple[list[object], list[int]]:
-    """The tokens of all chunks in a row, None where there is no word, of the encoder whose vectors attention reads; and
-    the numbers of the parts of the text that they are of."""
+def _tokens(tokenize: Callable[[str], dict], text: str) -> tuple[list[object], list[int], list[float]]:
+    """The tokens of all chunks in a row, None where there is no word, of the encoder whose vectors attention reads; the
+    numbers of the parts of the text that they are of, and their weights."""
     by_encoder = tokenize(text)
     others = [tokens for name, tokens in by_encoder.items() if name not in CLIP_ENCODERS]
     read = others or list(by_encoder.values())
     if any([len(c) for c in tokens] != [len(c) for c in read[0]] for tokens in read[1:]):
         raise ValueError("clip: its text encoders cut a prompt in different ways: places of phrases are not known")
-    numbered = [(token[0], token[2]) for chunk in read[0] for token in chunk]
-    return [token if part else None for token, part in numbered], [part for _, part in numbered]
+    tokens = [token for chunk in read[0] for token in chunk]
+    words = [token if part else None for token, _, part in tokens]
+    return words, [part for _, _, part in tokens], [float(weight) for _, weight, _ in tokens]
 
 
 def _starts(words: Sequence[object], parts: Sequence[int], tokenize: Callable[[str], list[object]]) -> frozenset[int]:

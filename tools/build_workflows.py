@@ -323,7 +323,7 @@ def edit_regions(
     positive = graph.add("STE_EncodeRegionalPrompt", "Prompt: the edit", "green", **text)
     negative = graph.add("CLIPTextEncode", "Negative prompt", "red", text="", clip=model["CLIP"])
     graph.column()
-    patched = graph.add("STE_STLayoutAttentionPatch", model=model["MODEL"], **use.TINY_LAYOUT)
+    patched = graph.add("STE_STLayoutAttentionPatch", model=model["MODEL"])
     where = {} if mask is None else {"mask": mask}
     if matching:
         options = use.TINY_MATCHING | {"dilation": dilation}

@@ -57,7 +57,6 @@ SEVERAL_PROMPTS = (  # after the first edit, after the second
 REGIONS_CLIP = SEVERAL_CLIP
 REGIONS_PROMPT = "a blue circle on the left and a yellow square on the right, gray background"
 REGIONS_PHRASES = ("a yellow square", "a blue circle")  # of the left and of the right object: not as the prompt says
-TINY_LAYOUT = {"cross_strength": 3.0, "self_strength": 1.0, "end_percent": 0.6}
 
 LAYOUT_COLOURS = (0xC04040, 0x4060C0)  # of the background and of the object
 LAYOUT_PROMPT = "a blue square on a white background"

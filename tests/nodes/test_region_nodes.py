@@ -94,6 +94,8 @@ def test_open_regions_are_a_plain_prompt(tiny):
 def test_released_splices_the_phrases(tiny, clip):
     paper, released = (encoded(tiny, clip, mode) for mode in ("paper", "released"))
     assert not torch.equal(paper[0][0], released[0][0])
+    (spliced,) = EncodeRegionalPrompt.execute(tiny.clip, PROMPT, "paper", True, regions(clip)).result
+    assert torch.equal(spliced[0][0], released[0][0])
 
 
 @pytest.mark.parametrize(
