@@ -6,8 +6,9 @@ Clips of two objects, both of which get another colour, shape or both. The embed
 prompt names them the other way round: read by itself it binds every phrase to the wrong object. Only the masks say
 which is meant. All methods start from one inversion and keep what lies in no mask.
 
-    forms       how attention is modulated: not at all, cross only, self only, both at the settings tuned here, at the
-                method's own strength and window, and as the public code does it
+    forms       how attention is modulated: not at all; in the paper's form cross only, self only, both, at the settings
+                tuned here, and at the method's own strength and window; as the public code does it (released, each
+                phrase encoded by itself); and so with phrases in their prompt, at both settings
     masks       both, with masks that are eroded, dilated or shifted, in pixels, and with the regions that the model's
                 own attention finds; which of these belongs to which phrase is told by the true masks
     frames      both, with self-attention within frames, to the first and previous one, and over all frames, in
@@ -77,7 +78,7 @@ SAME_SHAPE, CROSSING, EQUAL = "same shape", "crossing", "equal"
 ABOUT_PX = 6  # about an object's place in the source, where that of a crossing clip is looked for
 SWAP, CROSS, SELF, BOTH = "prompt swap", "cross only", "self only", "cross and self"
 PAPER, RELEASED = "paper: strength 1, 30 % of the steps", "released: strength 1, 30 % of the steps"
-RELEASED_TUNED = "released, tuned"
+RELEASED_TUNED, UNSPLICED, SHIPPED = "released, tuned", "released, phrases in their prompt", "the nodes' defaults"
 
 
 @dataclass(frozen=True)
@@ -182,14 +183,15 @@ def shifted(masks: Tensor, px: int) -> Tensor:
 
 
 def regional(
-    change: MaskChange = exact, mode: str = "paper", **settings
+    change: MaskChange = exact, mode: str = "paper", splice: bool = False, **settings
 ) -> Callable[[Editor, Case, Trajectory], Tensor]:
     """The edit with regions; settings of `RegionModulation`."""
 
     def edit(editor: Editor, case: Case, trajectory: Trajectory) -> Tensor:
         masks = world.render(case.source)[1]
         regions = [Region(p, m) for p, m in zip(case.phrases, change(masks), strict=True)]
-        return editor.decode(sample(editor, case, trajectory, case.prompt, regions, masks.amax(0), mode, **settings))
+        form = {"mode": mode, "splice": splice} | settings
+        return editor.decode(sample(editor, case, trajectory, case.prompt, regions, masks.amax(0), **form))
 
     return edit
 
@@ -202,10 +204,11 @@ def sample(
     regions: Sequence[Region],
     mask: Tensor,
     mode: str = "paper",
+    splice: bool = False,
     **settings,
 ) -> Tensor:
     """The latent of an edit of the trajectory's clip, on the trajectory's model; what lies outside `mask` is kept."""
-    positive = encode_regional_prompt(editor.clip, prompt, regions, mode, mode == "released")
+    positive = encode_regional_prompt(editor.clip, prompt, regions, mode, splice)
     model = patch_regions(trajectory.model, RegionModulation(**settings))
     guider = comfy.samplers.CFGGuider(model)
     guider.set_conds(positive, editor.prompt(""))
@@ -263,8 +266,10 @@ FORMS = {
     BOTH: regional(**TUNED),
     "cross and self, all steps": regional(**TUNED | {"end": 1.0}),
     PAPER: regional(),
-    RELEASED: regional(mode="released"),
-    RELEASED_TUNED: regional(mode="released", **TUNED),
+    RELEASED: regional(mode="released", splice=True),
+    RELEASED_TUNED: regional(mode="released", splice=True, **TUNED),
+    UNSPLICED: regional(mode="released"),
+    SHIPPED: regional(mode="released", **TUNED),
 }
 MASKS = {
     BOTH: FORMS[BOTH],
@@ -285,11 +290,13 @@ GROUPS = {
     "masks": MASKS,
     "frames": FRAMES,
     "order": ORDER,
-    SAME_SHAPE: {name: FORMS[name] for name in (SWAP, CROSS, BOTH)},
-    CROSSING: {CEILING: through_vae} | {name: FORMS[name] for name in (SWAP, CROSS, BOTH, RELEASED_TUNED)},
-    EQUAL: {CEILING: through_vae} | {name: FORMS[name] for name in (SWAP, CROSS, SELF, BOTH, RELEASED_TUNED)},
+    SAME_SHAPE: {name: FORMS[name] for name in (SWAP, CROSS, BOTH, SHIPPED)},
+    CROSSING: {CEILING: through_vae} | {name: FORMS[name] for name in (SWAP, CROSS, BOTH, RELEASED_TUNED, SHIPPED)},
+    EQUAL: {CEILING: through_vae}
+    | {name: FORMS[name] for name in (SWAP, CROSS, SELF, BOTH, PAPER, RELEASED, RELEASED_TUNED, UNSPLICED, SHIPPED)},
 }
 PAIRS = [(CROSS, SWAP), (BOTH, SWAP), (BOTH, CROSS), (PAPER, BOTH), (RELEASED, BOTH), (RELEASED_TUNED, BOTH)]
+PAIRS += [(SHIPPED, other) for other in (SWAP, BOTH, PAPER, RELEASED, RELEASED_TUNED, UNSPLICED)]
 
 figures.STATISTICS.update(dict.fromkeys(("colour", "shape", "both_right", "flicker"), "difference_of_means"))
 figures.SMALLER_IS_BETTER |= {"flicker"}

@@ -136,15 +136,14 @@ def encode_regional_prompt(
     prompt: str,
     regions: Sequence[Region],
     mode: Mode = "paper",
-    splice: bool | None = None,
+    splice: bool = False,
     node: str | None = None,
 ) -> list:
     """CONDITIONING of a prompt that carries the Layout of the regions in it.
 
-    splice: put the embedding of each phrase encoded by itself in its place: a phrase then knows nothing of the others.
-    None: as the public code does in its own mode, but where the text encoder is a language model. node: where it is
-    said what does nothing. Raises ValueError naming phrase and prompt where a phrase is not in the prompt, or more than
-    once and no occurrence is chosen.
+    splice: put the embedding of each phrase encoded by itself in its place, as the public code does: a phrase then
+    knows nothing of the others. node: where it is said what does nothing. Raises ValueError naming phrase and prompt
+    where a phrase is not in the prompt, or more than once and no occurrence is chosen.
     """
     if clip is None:
         raise ValueError(
@@ -159,7 +158,6 @@ def encode_regional_prompt(
     words, templated = tokenize(prompt), any(token is not None for token in around)
     _, parts, weights = tokens_of(prompt)
     starts = _starts(words, parts, tokenize) if templated else None
-    splice = mode == "released" and not templated if splice is None else splice
     whole = Layout(prompt, tuple(regions), (), len(words), mode, tuple(words), tokenize, starts)
     phrases = any(region.phrase.strip() for region in regions)
     if templated and phrases:
@@ -205,7 +203,7 @@ def _say_lost_weights(found: Sequence[tuple[str, Sequence[float]]], say: NodeTex
     if lost:
         say(
             f"The weights of {' and '.join(lost)} in the prompt do nothing, since phrases are encoded by themselves: "
-            f"choose mode paper, without splice, to keep them."
+            f"switch splice off to keep them."
         )
 
 

@@ -38,17 +38,16 @@ class EncodeRegionalPrompt(io.ComfyNode):
                     options=["released", "paper"],
                     default="released",
                     advanced=True,
-                    tooltip="released: as the method's public code does it. paper: as it is published, which differs "
-                    "in which prompts are modulated, in the weight of large regions, in what lies in no region, and "
-                    "in encoding each phrase with the whole prompt.",
+                    tooltip="released: as the method's public code modulates. paper: as it is published, which differs "
+                    "in which prompts are modulated, in the weight of large regions, and in what lies in no region.",
                 ),
                 io.Boolean.Input(
                     "splice",
                     default=False,
                     advanced=True,
                     tooltip="Encode each phrase by itself and put it in its place, so that it knows nothing of the "
-                    "other phrases, in mode paper too; released does so wherever the text encoder allows it. Weights "
-                    "such as (a cat:1.2) are lost in it.",
+                    "other phrases, as the public code does. Helps where the prompt names things in other places than "
+                    "the masks, harms where two are alike. Weights such as (a cat:1.2) are lost in it.",
                 ),
             ],
             outputs=[
@@ -68,4 +67,4 @@ class EncodeRegionalPrompt(io.ComfyNode):
         node, graph = (cls.hidden.unique_id, cls.hidden.prompt) if cls.hidden is not None else (None, None)
         if regions and graph and not any(each.get("class_type") == PATCH for each in graph.values()):
             show_on_node(cls, "There is no ST-Layout Attention Patch in this graph, so the regions do nothing.")
-        return io.NodeOutput(encode_regional_prompt(clip, prompt, regions, mode, splice or None, node))
+        return io.NodeOutput(encode_regional_prompt(clip, prompt, regions, mode, splice, node))

@@ -22,9 +22,9 @@ class STLayoutAttentionPatch(io.ComfyNode):
                 io.Model.Input("model", tooltip="The video model. The patch is on a copy; the model stays as it is."),
                 io.Float.Input(
                     "cross_strength",
-                    default=1.0,
+                    default=3.0,
                     min=0.0,
-                    max=3.0,
+                    max=5.0,
                     step=0.05,
                     tooltip="How strongly words are drawn into their region and out of the others. 1 is the method's "
                     "own, 0 leaves cross-attention alone. In models that read prompt and clip in one attention "
@@ -46,9 +46,9 @@ class STLayoutAttentionPatch(io.ComfyNode):
                 ),
                 fraction(
                     "end_percent",
-                    0.3,
-                    tooltip="Where in the denoising it ends. What goes where is decided early; its strength falls "
-                    "with the noise in any case.",
+                    0.6,
+                    tooltip="Where in the denoising it ends; the method's own is 0.3. Its strength falls with the "
+                    "noise in any case.",
                 ),
                 io.String.Input(
                     "levels",

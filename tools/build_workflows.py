@@ -326,7 +326,7 @@ def edit_regions(
     patched = graph.add("STE_STLayoutAttentionPatch", model=model["MODEL"])
     where = {} if mask is None else {"mask": mask}
     if matching:
-        options = use.TINY_MATCHING | {"dilation": dilation}
+        options = use.TINY_MATCHING | {"dilation": dilation} | (use.ALL_CHANGES if mask is None else {})
         sampler = str_sampler(graph, source.trajectory, **options, **where)
     else:
         where |= {"trajectory": source.trajectory["trajectory"], "dilation": dilation}

@@ -131,7 +131,7 @@ Press **Run**: the red circle becomes a blue square, the gray background white. 
 a segmentation model or a paint program.
 2. **Regions from Masks** makes a region of each colour, one a line of its phrases, the largest area first.
 3. **ST-Layout Attention Patch** keeps both phrases in their place, **STR Latent Optimizer** the motion: two methods \
-in one pass.""",
+in one pass. Since everything changes, **lambda** is 0.5 with two **iterations**: more leaves blotches.""",
     "regions": f"""## Two objects become two others
 Press **Run**: the left object becomes a yellow square, the right one a blue circle. {NOTHING_NEEDED}
 

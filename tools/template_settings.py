@@ -12,6 +12,7 @@ TINY_CFG = 4.0
 TINY_LAMBDA = 1.0
 TINY_END = 0.75
 TINY_DILATION = 4.0
+ALL_CHANGES = {"strength": 0.5, "iterations": 2}  # where object and background become others, more makes blotches
 TINY_MATCHING = {"strength": TINY_LAMBDA, "end_percent": TINY_END, "dilation": TINY_DILATION}
 
 ONE_OBJECT = "clip_00 - a red circle on a gray background"

@@ -149,19 +149,13 @@ def test_phrases_by_themselves_are_refused(clip):
         encode_regional_prompt(clip, "a boat", [Region("boat", MASK)], splice=True)
 
 
-def test_the_public_codes_mode_leaves_phrases_of_a_language_model_in_their_prompt(clip):
-    made, layout = encoded(clip, "a boat", [Region("boat", MASK)], "released")
-    plain, _ = encoded(clip, "a boat", [Region("boat", MASK)], "paper")
-    assert layout.mode == "released" and torch.equal(made[0][0], plain[0][0])
-
-
 @pytest.mark.parametrize(
     ("prompt", "lost"), [("(a squirrel:1.2) on a tree", True), ("a squirrel on (a tree:1.2)", False)]
 )
-@pytest.mark.parametrize("mode", ["paper", "released"])
-def test_weights_that_phrases_by_themselves_lose_are_named(ltx, caplog, mode, prompt, lost):
-    encoded(ltx, prompt, [Region("squirrel", MASK)], mode)
-    assert ("weights of 'squirrel' in the prompt do nothing" in caplog.text) == (lost and mode == "released")
+@pytest.mark.parametrize("splice", [False, True])
+def test_weights_that_phrases_by_themselves_lose_are_named(ltx, caplog, splice, prompt, lost):
+    encoded(ltx, prompt, [Region("squirrel", MASK)], splice=splice)
+    assert ("weights of 'squirrel' in the prompt do nothing" in caplog.text) == (lost and splice)
 
 
 @pytest.fixture(scope="module")
