@@ -9,9 +9,9 @@ which is meant. All methods start from one inversion and keep what lies in no ma
     forms       how attention is modulated: not at all; in the paper's form cross only, self only, both, at the settings
                 tuned here, and at the method's own strength and window; as the public code does it (released, each
                 phrase encoded by itself); and so with phrases in their prompt, at both settings
-    masks       both, with masks that are eroded, dilated or shifted, in pixels, and with the regions that the model's
-                own attention finds; which of these belongs to which phrase is told by the true masks
-    frames      both, with self-attention within frames, to the first and previous one, and over all frames, in
+    masks       the nodes' defaults, with masks that are eroded, dilated or shifted, in pixels, and with the regions
+                that the model's own attention finds; which of these belongs to which phrase is told by the true masks
+    frames      the defaults, with self-attention within frames, to the first and previous one, and over all frames, in
                 inversion and edit; with temporal attention modulated too
     order       one region after the other, with an inversion between, against both at once
     same shape  forms of importance on clips whose objects have one shape, of which neither changes it
@@ -73,6 +73,8 @@ COLUMNS = {
     "seconds": "s/clip",
 }
 TUNED = {"cross_strength": 3.0, "self_strength": 1.0, "end": 0.6}
+DEFAULTS = {"mode": "released"} | TUNED
+"""The nodes' own."""
 COPY, CEILING, NOISE = "unedited copy", "true edit through VAE", "random noise, prompt as it should read"
 SAME_SHAPE, CROSSING, EQUAL = "same shape", "crossing", "equal"
 ABOUT_PX = 6  # about an object's place in the source, where that of a crossing clip is looked for
@@ -227,7 +229,7 @@ def found(clusters: int = 3) -> Callable[[Editor, Case, Trajectory], Tensor]:
         own = [max(masks, key=lambda mask: float((mask * truth).sum() / mask.sum().sqrt())) for truth in true]
         regions = [Region(p, m) for p, m in zip(case.phrases, own, strict=True)]
         mask = torch.stack(own).amax(0)
-        return editor.decode(sample(editor, case, trajectory, case.prompt, regions, mask, **TUNED))
+        return editor.decode(sample(editor, case, trajectory, case.prompt, regions, mask, **DEFAULTS))
 
     return edit
 
@@ -250,7 +252,7 @@ def one_after_another(editor: Editor, case: Case, trajectory: Trajectory) -> Ten
 
     def edit(trajectory: Trajectory, index: int, objects: tuple) -> Tensor:
         prompt, region = world.caption(source._replace(objects=objects)), Region(case.phrases[index], masks[index])
-        return sample(editor, case, trajectory, prompt, [region], masks[index], **TUNED)
+        return sample(editor, case, trajectory, prompt, [region], masks[index], **DEFAULTS)
 
     latent = edit(trajectory, 0, (source.objects[1], first))  # the sides exchanged
     middle = world.caption(source._replace(objects=(first, source.objects[1])))
@@ -269,22 +271,22 @@ FORMS = {
     RELEASED: regional(mode="released", splice=True),
     RELEASED_TUNED: regional(mode="released", splice=True, **TUNED),
     UNSPLICED: regional(mode="released"),
-    SHIPPED: regional(mode="released", **TUNED),
+    SHIPPED: regional(**DEFAULTS),
 }
 MASKS = {
-    BOTH: FORMS[BOTH],
-    **{f"eroded by {px} px": regional(partial(eroded, px=px), **TUNED) for px in (1, 2, 3)},
-    **{f"dilated by {px} px": regional(partial(dilated, px=px), **TUNED) for px in (1, 2, 3)},
-    **{f"shifted by {px} px": regional(partial(shifted, px=px), **TUNED) for px in (1, 2, 3)},
+    SHIPPED: FORMS[SHIPPED],
+    **{f"eroded by {px} px": regional(partial(eroded, px=px), **DEFAULTS) for px in (1, 2, 3)},
+    **{f"dilated by {px} px": regional(partial(dilated, px=px), **DEFAULTS) for px in (1, 2, 3)},
+    **{f"shifted by {px} px": regional(partial(shifted, px=px), **DEFAULTS) for px in (1, 2, 3)},
     "regions from attention": found(),
 }
 FRAMES = {
-    BOTH: FORMS[BOTH],
-    "attention to first + previous": inflated("first + previous", **TUNED),
-    "attention to all frames": inflated("all frames", **TUNED),
-    "temporal attention modulated too": regional(**TUNED | {"temporal_strength": 1.0}),
+    SHIPPED: FORMS[SHIPPED],
+    "attention to first + previous": inflated("first + previous", **DEFAULTS),
+    "attention to all frames": inflated("all frames", **DEFAULTS),
+    "temporal attention modulated too": regional(**DEFAULTS | {"temporal_strength": 1.0}),
 }
-ORDER = {BOTH: FORMS[BOTH], "one after another": one_after_another}
+ORDER = {SHIPPED: FORMS[SHIPPED], "one after another": one_after_another}
 GROUPS = {
     "forms": BOUNDS | FORMS,
     "masks": MASKS,
