@@ -223,7 +223,7 @@ class _Form:
 
     @property
     def sums_over(self) -> list[list[int]]:
-        """The distances j - i over which one score sums: all of them, or each by itself."""
+        """The distances j - i over which one score sums, in their order: all of them, or each by itself."""
         distances = [d for d in range(-self.reach, self.reach + 1) if d]
         return [[d] for d in distances] if self.per_pair and self.paths != "concat" else [distances]
 
@@ -335,7 +335,8 @@ class _SeparateMaps:
     def _links(self, sign: int, distances: list[int], places: slice) -> Tensor:
         """tau_ij, or tau_ji for sign -1, at these places and distances j - i, 0 at others: (F_i, F_j, H, P)."""
         part, frames = self.tau[..., places], torch.arange(len(self.tau), device=self.tau.device)
-        near = torch.isin(frames[None, :] - frames[:, None], torch.tensor(distances, device=self.tau.device))
+        apart = frames[None, :] - frames[:, None]
+        near = (apart >= distances[0]) & (apart <= distances[-1]) & (apart != 0)
         return (part if sign > 0 else part.transpose(0, 1)) * near[:, :, None, None]
 
     def weighted_tau(self, weight: Tensor | None) -> Tensor:
