@@ -3,6 +3,7 @@
     python dev.py setup             make .venv, bring ComfyUI to .host/ComfyUI, link the pack into it
     python dev.py demo  [args]      the demonstration (tools/demo.py)
     python dev.py test  [args]      lint, fast tests; --all: every model family, live server, browser; rest to pytest
+                                    --host PATH: against another ComfyUI; --newest: with the newest of its packages
     python dev.py serve [args]      ComfyUI with the pack; args go to ComfyUI (--port 8188, --cpu, ...)
     python dev.py bench [name ...]  list the benchmarks, or run one with its args
     python dev.py run WORKFLOW      run a graph in API format, or a template, without the editor (tools/run.py)
@@ -25,11 +26,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
-VENV = ROOT / ".venv"
-BIN = VENV / ("Scripts" if os.name == "nt" else "bin")
-PYTHON = BIN / ("python.exe" if os.name == "nt" else "python")
+SCRIPTS, EXE = ("Scripts", ".exe") if os.name == "nt" else ("bin", "")
 REQUIREMENTS = ROOT / "requirements-dev.txt"
-STAMP = VENV / "spacetime-edit.stamp"
+NEWEST = ROOT / "requirements-newest.txt"  # of the host's own packages, in the place of its pins
 PACK_NAME = "spacetime-edit"
 
 UV = "uv==0.13.8"  # used where uv is not on PATH
@@ -49,6 +48,23 @@ MOST_WORKERS = 4  # each has ComfyUI in memory, and in the live tiers a server a
 
 class SetupError(Exception):
     """What is missing, and the cure, in one sentence."""
+
+
+class Environment:
+    """A folder with a Python of its own and what is installed for it; newest: packages of NEWEST instead of pins."""
+
+    def __init__(self, name: str = ".venv", newest: bool = False):
+        self.folder, self.newest = ROOT / name, newest
+
+    def script(self, name: str) -> Path:
+        return self.folder / SCRIPTS / f"{name}{EXE}"
+
+    @property
+    def python(self) -> Path:
+        return self.script("python")
+
+
+VENV = Environment()
 
 
 def run(*command: object, check: bool = True, **extra_environment: str) -> int:
@@ -76,14 +92,14 @@ def find_uv() -> Path:
     if on_path := shutil.which("uv"):
         return Path(on_path)
     folder = ROOT / ".host" / "uv"
-    scripts = folder / BIN.name
-    uv = scripts / ("uv.exe" if os.name == "nt" else "uv")
+    scripts = folder / SCRIPTS
+    uv = scripts / f"uv{EXE}"
     if not uv.is_file():
         print(f"uv is not on PATH: installing it into {folder.relative_to(ROOT)}")
         if not succeeds(sys.executable, "-c", "import venv, ensurepip"):
             raise SetupError("install uv, or the venv module of this Python (Debian, Ubuntu: python3-venv)")
         run(sys.executable, "-m", "venv", "--clear", folder)
-        run(scripts / PYTHON.name, "-m", "pip", "install", "--quiet", UV)
+        run(scripts / f"python{EXE}", "-m", "pip", "install", "--quiet", UV)
     return uv
 
 
@@ -136,23 +152,25 @@ def find_host() -> Path:
     return HOST
 
 
-def install(host: Path) -> None:
-    """.venv with requirements-dev.txt and the host's requirements; nothing to do if the stamp says so."""
-    host_requirements = host / "requirements.txt"
-    content = b"".join(path.read_bytes() for path in (REQUIREMENTS, host_requirements))
+def install(host: Path, venv: Environment) -> None:
+    """requirements-dev.txt and the host's requirements in an environment; nothing to do if its stamp says so."""
+    host_requirements, stamp_file = host / "requirements.txt", venv.folder / "spacetime-edit.stamp"
+    files = [REQUIREMENTS, host_requirements, *([NEWEST] if venv.newest else [])]
+    content = b"".join(path.read_bytes() for path in files)
     stamp = f"ComfyUI {comfyui_version(host)}, requirements {hashlib.sha256(content).hexdigest()}\n"
-    if PYTHON.is_file() and STAMP.is_file() and STAMP.read_text(encoding="utf-8") == stamp:
+    if venv.python.is_file() and stamp_file.is_file() and stamp_file.read_text(encoding="utf-8") == stamp:
         return
-    print("installing the requirements into .venv")
+    print(f"installing the requirements into {venv.folder.name}")
     uv = find_uv()
-    if not succeeds(PYTHON, "--version"):
-        run(uv, "venv", "--clear", "--python", sys.executable, VENV)
+    if not succeeds(venv.python, "--version"):
+        run(uv, "venv", "--clear", "--python", sys.executable, venv.folder)
     # The torch family first and together: the host's requirements name it without versions.
     lines = REQUIREMENTS.read_text(encoding="utf-8").splitlines()
     torch_family = [line for line in lines if line.startswith("torch")]
-    run(uv, "pip", "install", "--python", PYTHON, *torch_family)
-    run(uv, "pip", "install", "--python", PYTHON, "-r", REQUIREMENTS, "-r", host_requirements)
-    STAMP.write_text(stamp, encoding="utf-8")
+    into = (uv, "pip", "install", "--python", venv.python)
+    run(*into, *torch_family)
+    run(*into, "-r", REQUIREMENTS, "-r", host_requirements, *(["--override", NEWEST] if venv.newest else []))
+    stamp_file.write_text(stamp, encoding="utf-8")
 
 
 def is_link(path: Path) -> bool:
@@ -183,10 +201,10 @@ def link_pack(host: Path) -> None:
     print(f"linked {link}")
 
 
-def setup() -> Path:
+def setup(venv: Environment = VENV) -> Path:
     """All of the above, where it is missing; the host's folder."""
     host = find_host()
-    install(host)
+    install(host, venv)
     link_pack(host)
     return host
 
@@ -199,7 +217,7 @@ def tool(name: str) -> Callable[[list[str]], int]:
 
     def command(arguments: list[str]) -> int:
         setup()
-        return run(PYTHON, ROOT / "tools" / f"{name}.py", *arguments, check=False, **OFFLINE)
+        return run(VENV.python, ROOT / "tools" / f"{name}.py", *arguments, check=False, **OFFLINE)
 
     return command
 
@@ -209,7 +227,8 @@ def test(arguments: list[str]) -> int:
 
     All tests at once are shared among the cores, one thread each: threads of several processes would wait for another.
     """
-    setup()
+    arguments, venv = chosen_host(arguments)
+    setup(venv)
     tiers = FAST_TIERS + (LIVE_TIERS if "--all" in arguments else ())
     folders = [folder for tier in tiers if (folder := ROOT / "tests" / tier).is_dir()]
     arguments = ["--every-family" if argument == "--all" else argument for argument in arguments]
@@ -218,22 +237,38 @@ def test(arguments: list[str]) -> int:
     shared = [] if named or "-n" in arguments or workers == 1 else ["-n", workers, "--dist", "worksteal"]
     threads = {"OMP_NUM_THREADS": "1"} if shared else {}
     statuses = [
-        run(BIN / "ruff", "check", ROOT, check=False),
-        run(BIN / "ruff", "format", "--check", ROOT, check=False),
+        run(venv.script("ruff"), "check", ROOT, check=False),
+        run(venv.script("ruff"), "format", "--check", ROOT, check=False),
         # `python -m pytest` would put the root on sys.path, and our nodes/ before ComfyUI's nodes.py.
-        run(BIN / "pytest", *([] if named else folders), *shared, *arguments, check=False, **OFFLINE, **threads),
+        run(venv.script("pytest"), *([] if named else folders), *shared, *arguments, check=False, **OFFLINE, **threads),
     ]
     return next(filter(None, statuses), 0)
+
+
+def chosen_host(arguments: list[str]) -> tuple[list[str], Environment]:
+    """The arguments without --host PATH and --newest, and the environment that these ask for, each with its own."""
+    arguments, name = list(arguments), ".venv"
+    if "--host" in arguments:
+        place = arguments.index("--host")
+        if place + 1 == len(arguments):
+            raise SetupError("--host needs the folder of a ComfyUI: --host PATH")
+        os.environ["COMFYUI_PATH"] = arguments[place + 1]
+        del arguments[place : place + 2]
+        name += f"-{comfyui_version(find_host())}"
+    if newest := "--newest" in arguments:
+        arguments.remove("--newest")
+        name += "-newest"
+    return arguments, Environment(name, newest)
 
 
 def serve(arguments: list[str]) -> int:
     host = setup()
     has_accelerator = "import sys, torch; sys.exit(not torch.accelerator.is_available())"
-    if "--cpu" not in arguments and not succeeds(PYTHON, "-c", has_accelerator):
+    if "--cpu" not in arguments and not succeeds(VENV.python, "-c", has_accelerator):
         arguments = ["--cpu", *arguments]
     output = ROOT / "output"
     output.mkdir(exist_ok=True)
-    return run(PYTHON, host / "main.py", "--output-directory", output, *arguments, check=False)
+    return run(VENV.python, host / "main.py", "--output-directory", output, *arguments, check=False)
 
 
 def bench(arguments: list[str]) -> int:
@@ -246,7 +281,7 @@ def bench(arguments: list[str]) -> int:
     if name not in names:
         raise SetupError(f"no benchmark {name!r}; there are: {', '.join(names) or 'none'}")
     setup()
-    return run(PYTHON, folder / f"{name}.py", *rest, check=False, **OFFLINE)
+    return run(VENV.python, folder / f"{name}.py", *rest, check=False, **OFFLINE)
 
 
 def setup_command(arguments: list[str]) -> int:

@@ -6,7 +6,6 @@ model runs, which layer is calling.
 """
 
 import contextlib
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 
@@ -17,6 +16,7 @@ from torch.nn import Module
 from .animatediff import bridged
 from .attention_call import AttentionCall, ModelRun, describe_call, describe_run, who_asks
 from .families import AttentionKind, Layer, attention_layers, family_of, layers_in
+from .kernels import plain_kernels, uncompiled
 
 KEY = "spacetime_edit_tap"
 ONE_GPU = "model: editing runs on one GPU; remove the multi-GPU node from this model"
@@ -80,7 +80,7 @@ def running_taps() -> tuple[tuple["AttentionTap", ModelRun], ...]:
 class AttentionTap:
     """Hands each attention call of a run to `listeners`; the first that returns an output (B, H, N, D) replaces it.
 
-    differentiable: route attention through PyTorch's own kernel, because fused kernels have no backward. acts_in:
+    differentiable: by operations that have a gradient, attention by PyTorch's own kernel. acts_in:
     whether there is anything to do in a run; else the model runs as if there were no tap. unheard: called after a whole
     run with its `silent` layers, if there are any. heard: paths of the layers whose attention came here in the last
     run.
@@ -125,7 +125,7 @@ class AttentionTap:
             return executor(x, t, c_concat, c_crossattn, control, options, **kw)
         previous = options.get("optimized_attention_override")
         override = lambda func, *a, **k: self._attention(previous, func, *a, **k)  # noqa: E731
-        with self._following(run), _eager():
+        with self._following(run):
             out = executor(
                 x, t, c_concat, c_crossattn, control, {**options, "optimized_attention_override": override}, **kw
             )
@@ -169,7 +169,7 @@ class AttentionTap:
         before = self._listeners
         self._listeners = before if listeners is None else tuple(listeners)
         try:
-            with self._following(run, block), _eager():
+            with self._following(run, block):
                 yield
         finally:
             self._listeners = before
@@ -188,7 +188,8 @@ class AttentionTap:
             self._run, self._stack = run, [_Entered(layers[block])] if block in layers else []
             self._entered, self.heard = set(), set()
             token = _running.set((*_running.get(), (self, run)))
-            with bridged(modules.values(), self._attention):
+            plain = plain_kernels() if self._differentiable else contextlib.nullcontext()
+            with uncompiled(), plain, bridged(modules.values(), self._attention):
                 yield
         finally:
             if token is not None:
@@ -245,12 +246,6 @@ class AttentionTap:
         if output is None:
             output = call.attend(call.query, call.key, call.value, call.scale)
         return call.answered(output, kwargs)
-
-
-def _eager():
-    """Within, code that torch.compile has made does not run: it would pass the hooks by, without a word."""
-    compiles = "torch._dynamo" in sys.modules  # else nothing is compiled, and the import would take seconds
-    return torch.compiler.set_stance("force_eager") if compiles else contextlib.nullcontext()
 
 
 def _checked(output: Tensor, query: Tensor) -> Tensor:

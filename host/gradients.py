@@ -15,12 +15,8 @@ from torch.overrides import TorchFunctionMode
 
 from .attention_tap import AttentionTap
 from .families import AttentionKind
+from .kernels import plain_kernels, uncompiled
 from .model_pass import call_model
-
-FUSED_KERNELS = (
-    *("apply_rope", "apply_rope1", "apply_rope_split_half", "apply_rope_split_half1", "rms_rope", "rms_rope1"),
-    *("rms_rope_split_half", "rms_rope_split_half1", "adaln", "rms_adaln"),
-)
 
 
 @contextlib.contextmanager
@@ -31,22 +27,16 @@ def differentiable(base_model, *, mutates: bool = False, beside: Iterable[torch.
     mutates: the family's blocks change their activations in place, so autograd must keep copies (slower). beside:
     networks that run beside the model's, as ControlNets.
     """
-    import comfy.model_management as management
-
-    before = management.in_training
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
-        _plain_kernels(),
+        uncompiled(),
+        plain_kernels(),
         torch.autograd.graph.allow_mutation_on_saved_tensors() if mutates else contextlib.nullcontext(),
         _weight_free_layers(chain(base_model.diffusion_model.modules(), *(n.modules() for n in beside))),
         NormalTensors(),
     ):
-        management.in_training = True
-        try:
-            yield
-        finally:
-            management.in_training = before
+        yield
 
 
 @contextlib.contextmanager
@@ -300,25 +290,3 @@ def _input_gradient(module, grad: Tensor, shape) -> Tensor:
         dims = len(module.stride)
         function = {1: torch.nn.grad.conv1d_input, 2: torch.nn.grad.conv2d_input, 3: torch.nn.grad.conv3d_input}[dims]
         return function(shape, weight, grad, module.stride, module.padding, module.dilation, module.groups)
-
-
-@contextlib.contextmanager
-def _plain_kernels():
-    """Trades the host's fused rope and norm kernels, which have no backward, for their plain PyTorch forms."""
-    try:
-        import comfy_kitchen
-        from comfy_kitchen.backends.eager import adaln, rope
-    except ImportError:
-        yield
-        return
-    before = {}
-    for name in FUSED_KERNELS:
-        plain = getattr(rope, name, None) or getattr(adaln, name, None)
-        if plain is not None and hasattr(comfy_kitchen, name):
-            before[name] = getattr(comfy_kitchen, name)
-            setattr(comfy_kitchen, name, plain)
-    try:
-        yield
-    finally:
-        for name, kernel in before.items():
-            setattr(comfy_kitchen, name, kernel)

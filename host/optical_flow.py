@@ -1,13 +1,19 @@
-"""Optical flow and tracks of clips: by the host's RAFT where the user has it, else without weights."""
+"""Optical flow and tracks of clips: by RAFT where the user has loaded it, else without weights."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import comfy.model_management
 import torch
 from torch import Tensor
+from torch.nn import Module
+from torch.nn.functional import interpolate
 
 from ..core.flow import Flow, estimate_flow, occlusion
+
+SMALLEST_SIDE, MULTIPLE = 128, 8
+"""Sides of frames that torchvision's RAFT takes, in pixels: at least, and multiples of."""
 
 
 @dataclass(frozen=True)
@@ -19,14 +25,24 @@ class ClipFlow:
 
 
 def estimator_of(flow_model) -> Flow:
-    """flow_model: the host's OPTICAL_FLOW, or None."""
+    """flow_model: the host's OPTICAL_FLOW, a ModelPatcher of torchvision's RAFT, or None."""
     if flow_model is None:
         return estimate_flow
-    from comfy_extras.void_noise_warp import RaftOpticalFlow
-
     comfy.model_management.load_model_gpu(flow_model)
-    raft = RaftOpticalFlow(flow_model.model)
-    return lambda a, b: raft(a.movedim(-1, 0), b.movedim(-1, 0)).cpu()
+    return partial(_by_raft, flow_model.model, flow_model.load_device)
+
+
+@torch.no_grad()
+def _by_raft(network: Module, device: torch.device, first: Tensor, second: Tensor) -> Tensor:
+    """(2, H, W) in pixels, from one frame (H, W, 3) to another, by a network that takes sides of its own multiples."""
+    height, width = first.shape[:2]
+    size = [max(SMALLEST_SIDE, round(side / MULTIPLE) * MULTIPLE) for side in (height, width)]
+    a, b = (
+        interpolate(2 * frame.to(device).float().movedim(-1, 0)[None] - 1, size, mode="bilinear", antialias=True)
+        for frame in (first, second)
+    )
+    flow = interpolate(network(a, b)[-1], (height, width), mode="bilinear")[0].cpu()
+    return flow * torch.tensor([width / size[1], height / size[0]])[:, None, None]
 
 
 def flow_of(

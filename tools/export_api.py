@@ -8,7 +8,7 @@ from browser import Browser
 from other_packs import is_there, other_packs
 from pack import host_path
 from server import LiveServer
-from templates import api_path, read, templates
+from templates import api_path, for_every_host, read, templates
 
 
 def main() -> None:
@@ -20,7 +20,7 @@ def main() -> None:
             browser.load_graph(read(template))
             path = api_path(template)
             path.parent.mkdir(exist_ok=True)
-            text = json.dumps(browser.api_form(), indent=2, ensure_ascii=False)
+            text = json.dumps(for_every_host(browser.api_form()), indent=2, ensure_ascii=False)
             path.write_text(text + "\n", encoding="utf-8")
             print(path.relative_to(path.parents[2]))
 

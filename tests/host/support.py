@@ -17,7 +17,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from safetensors.torch import save_file
 from spacetime_edit.host.animatediff import SLOT
-from spacetime_edit.host.gradients import FUSED_KERNELS
+from spacetime_edit.host.kernels import FUSED_KERNELS
 from spacetime_edit.host.loaders import lavie_model, show1_model, t5_text
 from spacetime_edit.host.loaders.diffusers_folder import EMBEDDED_PATH, ModelFolder
 from spacetime_edit.host.loaders.unet3d import load_model
@@ -294,7 +294,7 @@ class Untouched:
             "kernels of AnimateDiff": [id(vars(m)[SLOT]) for m in network.modules() if SLOT in vars(m)],
             "in_training": management.in_training,
             "interrupt flag": management.processing_interrupted(),
-            "kitchen functions": [getattr(comfy_kitchen, name, None) for name in FUSED_KERNELS],
+            "kitchen functions": [getattr(comfy_kitchen, n, None) for names in FUSED_KERNELS.values() for n in names],
             "torch RNG": torch.get_rng_state(),
             "python RNG": random.getstate(),
             "autograd": (torch.is_inference_mode_enabled(), torch.is_grad_enabled()),

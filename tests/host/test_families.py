@@ -390,10 +390,8 @@ def test_gradients_with_smaller_weights_point_the_same_way(family, model, dtype)
     assert not torch.equal(exact, rough) and support.relative(rough, same) <= 1e-6
 
 
-@families_named("CogVideoX 1.0")
-@pytest.mark.parametrize("kind", ["float8_e4m3fn", "int8_tensorwise"])
-def test_gradients_of_quantised_checkpoints_point_the_same_way(family, model, kind):
-    """The host's own formats of quantised weights, as such checkpoints name them."""
+def quantised(family, kind):
+    """The model with its blocks' weights in one of the host's own formats, as such checkpoints name them."""
     top = {"float8_e4m3fn": 448.0, "int8_tensorwise": 127.0}[kind]
     dtype = {"float8_e4m3fn": torch.float8_e4m3fn, "int8_tensorwise": torch.int8}[kind]
     state = dict(family.weights())
@@ -410,8 +408,43 @@ def test_gradients_of_quantised_checkpoints_point_the_same_way(family, model, ki
     small = comfy.sd.load_diffusion_model_state_dict(state)
     weights = [small.model.diffusion_model.get_submodule(layer).weight for layer in layers]
     assert layers and all(isinstance(weight, QuantizedTensor) for weight in weights)
-    exact, rough = (gradient(m, family, family.clip())[1].flatten().double() for m in (model, small))
+    return small
+
+
+quantised_kinds = pytest.mark.parametrize("kind", ["float8_e4m3fn", "int8_tensorwise"])
+
+
+@families_named("CogVideoX 1.0")
+@quantised_kinds
+def test_gradients_of_quantised_checkpoints_point_the_same_way(family, model, kind):
+    exact, rough = (gradient(m, family, family.clip())[1].flatten().double() for m in (model, quantised(family, kind)))
     assert torch.cosine_similarity(exact, rough, 0) > 0.97 and not torch.equal(exact, rough)
+
+
+@families_named("CogVideoX 1.0")
+@quantised_kinds
+def test_source_and_target_are_seen_by_the_same_kernels(family, kind):
+    """What is recorded without a gradient is what a gradient pass records, to the bit, so that one clip matches itself
+    in full."""
+    small, seen = quantised(family, kind), []
+
+    def passes(guider, x, sigma, extra_args):
+        base, conds, options = guider.inner_model, guider.conds["positive"], extra_args["model_options"]
+        for call in (call_model, with_graph):
+            recorder = FeatureRecorder(None)
+            tap = AttentionTap(small, [recorder], differentiable=True)
+            call(base, conds, x, sigma, options, tap=tap)
+            seen.append({path: own.map(torch.Tensor.detach) for path, own in recorder.features.items()})
+
+    def with_graph(base, conds, x, sigma, options, tap):
+        latent_gradient(base, x, sigma, conds[0], lambda denoised: denoised.sum(), model_options=options, tap=tap)
+
+    guider = support.guider_of(small, family.conditioning())
+    support.at_one_sigma(guider, family.clip(), passes, sigma_at(small, MIDDLE))
+    plain, graph = seen
+    assert plain and plain.keys() == graph.keys()
+    for path, own in plain.items():
+        assert torch.equal(own.query, graph[path].query) and torch.equal(own.key, graph[path].key)
 
 
 # --- the methods --------------------------------------------------------

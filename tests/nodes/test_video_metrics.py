@@ -3,6 +3,8 @@
 import json
 from dataclasses import replace
 
+import comfy.model_management
+import comfy.model_patcher
 import pytest
 import torch
 from spacetime_edit.core.metrics import warp_error
@@ -109,16 +111,39 @@ def test_the_node_puts_out_picture_text_and_json(unsaved):
     assert "background PSNR, dB" in text and json.loads(data)["background PSNR, dB"] == 100
 
 
-def test_raft_of_the_host_is_asked_for_its_flow(monkeypatch):
-    from types import SimpleNamespace
+def raft_model(network):
+    """As the host's Load Optical Flow Model gives it."""
+    devices = comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device()
+    return comfy.model_patcher.ModelPatcher(network.eval(), *devices)
 
-    import comfy.model_management
+
+def test_raft_of_the_host_is_asked_for_its_flow():
     from torchvision.models.optical_flow import raft_large
 
-    monkeypatch.setattr(comfy.model_management, "load_model_gpu", lambda model: None)
-    frames = torch.rand(2, 128, 128, 3)
-    rows = {r.name: r for r in measure(frames, frames, flow_model=SimpleNamespace(model=raft_large().eval()))}
+    frames = torch.rand(2, 72, 96, 3)  # smaller than the network takes
+    rows = {r.name: r for r in measure(frames, frames, flow_model=raft_model(raft_large()))}
     assert "RAFT" in rows["warp error x 100"].note and rows["motion error, px"].value == 0
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 100), (200, 132), (256, 128)])
+def test_flow_is_in_pixels_of_the_clip_whatever_sides_the_network_takes(height, width):
+    """A network that says how far its picture is shifted, in its own pixels."""
+
+    class Shift(torch.nn.Module):
+        def forward(self, first, second):
+            assert min(first.shape[-2:]) >= 128 and not any(side % 8 for side in first.shape[-2:])
+            assert first.min() == -1 and first.max() > 0.9
+            bright = [(frame[0].mean(0) + 1) / 2 for frame in (first, second)]
+            where = torch.meshgrid(*map(torch.arange, first.shape[-2:]), indexing="ij")
+            down, right = ((bright[1] - bright[0]).mul(at).sum() / bright[0].sum() for at in where)
+            return [torch.stack([right, down]).view(1, 2, 1, 1).expand(1, 2, *first.shape[-2:])]
+
+    frames = torch.zeros(2, height, width, 3)
+    frames[0, 10:30, 20:50] = 1
+    frames[1, 20:40, 40:70] = 1
+    flow = flow_of(frames, raft_model(Shift())).forward[0]
+    assert flow.shape == (2, height, width)
+    torch.testing.assert_close(flow[:, 5, 5], torch.tensor([20.0, 10.0]), rtol=0.02, atol=0.2)
 
 
 def test_several_edits_are_measured_as_each_alone():
