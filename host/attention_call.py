@@ -17,7 +17,8 @@ from ..core.frames import FrameMap
 from ..core.inflation import Inflation
 from ..core.parametrization import noise_fraction
 from .animatediff import window_of
-from .families import IN_SPACE, AttentionKind, Ends, Family, Layer, patch_size
+from .families import IN_SPACE, AttentionKind, Ends, Family, Layer, TextKeys, patch_size
+from .latents import clip_shape
 
 SOURCE_RUN = "spacetime_edit_source"
 """Key in transformer_options of runs that see the source clip; region patches are inactive there."""
@@ -48,8 +49,7 @@ class ModelRun:
 
     base_model: the host's; sigma (B,); size: (h, w) of the latent that it gets; prompts, uuids: of the batch; time: of
     the whole clip; frames: those of its frames of tokens that the run sees; kinds: of attention that the model has.
-    patch, clip_at: of a transformer, see `Family`; before: tokens in front of a clip that comes first; crops_text:
-    whether padding of prompts is gone.
+    patch, clip_at, text: of a transformer, see `Family`; before: tokens in front of a clip that comes first.
     """
 
     base_model: object
@@ -64,7 +64,7 @@ class ModelRun:
     patch: tuple[int, int, int] | None = None
     clip_at: Ends | None = None
     before: int = 0
-    crops_text: bool = False
+    text: TextKeys = "as encoded"
 
     @property
     def network(self) -> Module:
@@ -96,7 +96,8 @@ def describe_run(
     ValueError for a context window that begins in the middle of a token.
     """
     prompts = tuple(options.get("cond_or_uncond", (0,)))
-    frames = x.shape[0] // len(prompts) if x.ndim == 4 else x.shape[2]
+    shape = clip_shape(x.shape, given.get("latent_shapes"))
+    frames = shape[0] // len(prompts) if len(shape) == 4 else shape[2]
     window = _window(options)
     shown, total = (range(frames), frames) if window is None else window
     network = base_model.diffusion_model
@@ -108,7 +109,7 @@ def describe_run(
     return ModelRun(
         base_model,
         sigma,
-        tuple(x.shape[-2:]),
+        tuple(shape[-2:]),
         prompts,
         tuple(options.get("uuids", (None,) * len(prompts))),
         time,
@@ -118,7 +119,7 @@ def describe_run(
         patch,
         family.patched,
         before,
-        family.crops_text,
+        family.text,
     )
 
 

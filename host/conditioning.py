@@ -15,7 +15,8 @@ def check_picture(model, settings: Iterable[Mapping], name: str) -> None:
     """
     attributes, own = vars(model.model.diffusion_model), model.model.latent_format.latent_channels
     channels = attributes.get("in_channels", attributes.get("in_dim", own))
-    if channels > own and not all(PICTURE in each for each in settings):
+    optional = family_of(model).picture_optional
+    if channels > own and not optional and not all(PICTURE in each for each in settings):
         raise ValueError(
             f"{name}: this {family_of(model).name} model draws on from a picture (it reads {channels} channels, a "
             f"latent has {own}), but the conditioning holds none; put the model's image-to-video node between the text "

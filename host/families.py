@@ -6,6 +6,7 @@ d0, d1, ... down, m0 middle, u0, u1, ... up, counted over the layers that hold s
 transformers; t0, t1, ... for temporal attention where there is no spatial one.
 """
 
+import difflib
 import re
 import weakref
 from collections.abc import Iterable, Mapping
@@ -28,6 +29,10 @@ IN_SPACE: tuple[AttentionKind, ...] = ("spatial", "joint", "spacetime")
 
 Ends = Literal["first", "last"]
 
+TextKeys = Literal["as encoded", "cropped", "last"]
+"""How a prompt's tokens are among the keys of a call: all of them, which the host may repeat; without their padding; or
+behind tokens of pictures and of written letters."""
+
 
 NEVER = r"(?!)"
 """A pattern that nothing matches."""
@@ -40,6 +45,7 @@ class Family:
     base_model and diffusion_model are class names: of the host's models and of the network in them. mutates: blocks, or
     common patches of them such as FreeU, change activations in place. blocks: pattern of the modules that checkpointing
     runs again. norms: of the group norms of ResNet blocks and of the output, which see each frame by itself.
+    picture_optional: the network reads a picture beside the latent, but also works with none.
     """
 
     name: str
@@ -54,8 +60,9 @@ class Family:
     patched: Ends | None = None
     score_blocks: str = ""
     picture_keys: str = ""
+    picture_optional: bool = False
     references: tuple[str, str] | None = None
-    crops_text: bool = False
+    text: TextKeys = "as encoded"
     unseen: float = 1.0
     injected: tuple[str, str] | None = None
 
@@ -199,6 +206,18 @@ FAMILIES = (
         **FOUR_IN_ONE | {"patched": "last"},
     ),
     Family(
+        name="HunyuanVideo 1.5",
+        base_model=("HunyuanVideo15",),
+        diffusion_model="HunyuanVideo",
+        attention=(("joint", r"((?:double|single)_blocks)\.(\d+)"),),
+        blocks=r"(?:double|single)_blocks\.\d+",
+        mutates=True,
+        picture_optional=True,
+        text="last",
+        unseen=1.25,
+        **FOUR_IN_ONE | {"patched": "last"},
+    ),
+    Family(
         name="LTX-Video",
         base_model=("LTXV",),
         diffusion_model="LTXVModel",
@@ -212,12 +231,25 @@ FAMILIES = (
         **FOUR_IN_ONE | {"frames": FramePattern((1,), (8,))},
     ),
     Family(
+        name="LTX-2",
+        base_model=("LTXAV",),
+        diffusion_model="LTXAVModel",
+        attention=(
+            ("spacetime", r"(transformer_blocks)\.(\d+)\.attn1"),
+            ("cross", r"(transformer_blocks)\.(\d+)\.attn2"),
+        ),
+        blocks=r"transformer_blocks\.\d+",
+        mutates=True,
+        unseen=2.0,
+        **FOUR_IN_ONE | {"frames": FramePattern((1,), (8,))},
+    ),
+    Family(
         name="Mochi",
         base_model=("GenmoMochi",),
         diffusion_model="AsymmDiTJoint",
         attention=(("joint", r"(blocks)\.(\d+)\.attn"),),
         blocks=r"blocks\.\d+",
-        crops_text=True,
+        text="cropped",
         unseen=2.6,
         **FOUR_IN_ONE | {"frames": FramePattern((1,), (6,))},
     ),
@@ -258,6 +290,13 @@ FAMILIES = (
     ),
 )
 
+NOT_APPLICABLE = {
+    "WAN22_Animate": "it draws a character from a reference picture, whose latent frame stands in front of the clip's, "
+    "by a film of poses and faces; its face attention is hidden from other nodes",
+    "HunyuanVideo15_SR_Distilled": "it sharpens a finished clip in few steps",
+}
+"""Why the methods are not for a class of the host."""
+
 SIDES = {
     "down": "d",
     "input": "d",
@@ -291,8 +330,19 @@ def family_of(model) -> Family:
     for family in FAMILIES:
         if family.fits(model.model) and (family.injected is None or family.injected[0] in model.injections):
             return family
+    if why := NOT_APPLICABLE.get(names[0]):
+        raise ValueError(f"model: {names[0]} is not a model to edit with: {why}")
     known = ", ".join(f.name for f in FAMILIES)
-    raise ValueError(f"model: {names[0]} with {names[1]} is not a supported model family; expected one of: {known}")
+    raise ValueError(
+        f"model: {names[0]} with {names[1]} is not a supported model family{_nearest(*names)}; expected one of: {known}"
+    )
+
+
+def _nearest(base_model: str, network: str) -> str:
+    """Which family an unknown model is like, by the names of its classes; "" of none."""
+    by_class = {name: family.name for family in FAMILIES for name in (*family.base_model, family.diffusion_model)}
+    found = [near for own in (base_model, network) for near in difflib.get_close_matches(own, by_class, 1, 0.6)]
+    return f" (the nearest is {by_class[found[0]]})" if found else ""
 
 
 def patch_size(network: Module) -> tuple[int, int, int]:

@@ -1,6 +1,7 @@
 """Latents as the host keeps them, seen as frames: [F, C, h, w] (U-Nets) or [1, C, F, h, w] (video DiTs)."""
 
 import math
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -12,6 +13,12 @@ from .families import family_of, patch_size
 def frame_count(latent: Tensor) -> int:
     """Latent frames of one clip."""
     return latent.shape[0] if latent.ndim == 4 else latent.shape[2]
+
+
+def clip_shape(shape: Sequence[int], packed: Sequence[Sequence[int]] | None) -> tuple[int, ...]:
+    """Of a latent of this shape, that of the clip in it; packed: the host's shapes of the latents that it has put one
+    behind another into one, as of a clip and its sound."""
+    return tuple(packed[0] if packed is not None and len(packed) > 1 else shape)
 
 
 def time_of(latent: Tensor, model) -> FrameMap:
@@ -39,6 +46,11 @@ def grid_mask_of(mask: Tensor, latent: Tensor, model, dilation: float) -> Tensor
 
 def check_clip_latent(latent: Tensor, model) -> None:
     """ValueError unless `latent` is one clip of at least 2 frames with the channels that `model` expects."""
+    if getattr(latent, "is_nested", False):
+        raise ValueError(
+            "latent: it holds sound beside the clip, which is not edited; connect the video output of LTXV Separate AV "
+            "Latent (or leave the sound out of the latent), and join clip and sound after the edit"
+        )
     expected = model.model.latent_format
     channels, layout = expected.latent_channels, "frames, {}, height, width"
     if expected.latent_dimensions == 3:

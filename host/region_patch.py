@@ -185,7 +185,7 @@ class RegionModulation:
         of_prompts, run, asked = prompts_of(call.run), call.run, (call.query, call.key)
         key = (
             *(call.kind, call.grid, call.first, call.inflation, call.query.device, *(t.shape[:3] for t in asked)),
-            *(run.prompts, run.frames, run.patch, run.clip_at, run.before, run.crops_text),
+            *(run.prompts, run.frames, run.patch, run.clip_at, run.before, run.text),
             tuple(prompt and prompt.key for prompt in prompts),
         )
 
@@ -275,7 +275,7 @@ def _stacked(call: AttentionCall, prompts: Sequence[_Prompt | None], size: str) 
 
 def _text(call: AttentionCall, prompts: Sequence[_Prompt | None], keys: int) -> Tensor:
     """(P, keys, K): which text tokens are words of which region, 0 for prompts without regions."""
-    own = [prompt and prompt.placed.words(keys, call.run.crops_text) for prompt in prompts]
+    own = [prompt and prompt.placed.words(keys, call.run.text) for prompt in prompts]
     most = max(table.shape[1] for table in own if table is not None)
     text = torch.zeros(len(prompts), keys, most, device=call.query.device)
     for p, table in enumerate(own):

@@ -165,8 +165,8 @@ def encode_regional_prompt(
     found = [_found(whole, r.phrase.strip(), r.occurrence) if r.phrase.strip() else ("", []) for r in regions]
     conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(prompt))
     length = conditioning[0][0].shape[1]
-    cut = len(words) - length  # the host cuts off the beginning of a template
-    if cut < 0 or (cut > 0 and not templated) or any(word is not None for word in words[:cut]):
+    cut = _cut(clip, words, length)
+    if cut is None:
         raise ValueError(
             f"clip: it turns {len(words)} text tokens into {length} vectors, so the place of a phrase is not known; "
             f"use the text encoder of the model"
@@ -181,6 +181,25 @@ def encode_regional_prompt(
     # hooks of the text encoder with a schedule encode the prompt once for each of their times
     layouts = [replace(one, digests=digests_of(embedding)) for embedding, _ in conditioning]
     return [with_layout([entry], layout)[0] for entry, layout in zip(conditioning, layouts, strict=True)]
+
+
+def _cut(clip, words: Sequence[object], length: int) -> int | None:
+    """How many tokens at the beginning of a prompt have no vector among `length`: of a template, or of padding.
+
+    None where that is not known.
+    """
+    cut, drops = len(words) - length, _drops_padding(clip)
+    if drops and cut == 0:  # and has the model's own tokens in the place of padding, behind the prompt
+        cut = next((i for i, word in enumerate(words) if word is not None), 1) - 1  # what begins a prompt is no padding
+    if cut < 0 or any(word is not None for word in words[:cut]):
+        return None
+    templated = any(token is not None for token in _tokenizer(clip)("")[0])
+    return cut if cut == 0 or templated or drops else None
+
+
+def _drops_padding(clip) -> bool:
+    """Whether a text encoder gives no vectors for the padding in front of a prompt: LTX-2's does not."""
+    return any(kind.__name__ == "LTXAVTEModel" for kind in type(clip.cond_stage_model).__mro__)
 
 
 def _check_language_model(tokenize: Callable[[str], list[object]], splice: bool) -> None:

@@ -5,7 +5,7 @@ and its uuid, which the host hands to every call; by the uuid alone it is not, s
 an area into the other prompts.
 """
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from types import MappingProxyType
@@ -13,10 +13,13 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..core.frames import FrameMap
 from ..core.regions import membership, partition, same_frames, size_term, token_regions
 from .attention_call import RETAINED, SOURCE_RUN, AttentionCall, ModelRun
+from .families import TextKeys
+from .latents import clip_shape
 from .node_text import LOG
 from .region_prompt import LAYOUT, Layout
 
@@ -26,6 +29,9 @@ CALL = "spacetime_edit_conditionings"
 """Key in transformer_options of what the prompts of one call are: {(list, uuid): conditioning}."""
 SOURCE_POSITIVE = "source_positive"
 """The guider's name of the prompt of the source clip, which is not one of the edit's."""
+
+UNPREPARED = "unprocessed_ltxav_embeds"
+"""The host's key in a conditioning whose prompt the model itself has still to prepare."""
 
 KEPT = 64
 """Kinds of attention calls whose regions are kept at once."""
@@ -43,16 +49,18 @@ class Placed:
     length: int
     offset: int
 
-    def words(self, keys: int, crops_text: bool) -> Tensor:
-        """(keys, K): which of a call's keys are words of a region. The host may repeat a prompt, or crop its padding.
+    def words(self, keys: int, text: TextKeys) -> Tensor:
+        """(keys, K): which of a call's keys are words of a region. text: see `families.TextKeys`.
 
         ValueError for another number of keys.
         """
         places = [[self.offset + place for place in own] for own in self.layout.positions]
         table = token_regions(places, self.length)
         last = max((place for own in places for place in own), default=0)
-        if crops_text and last < keys < self.length:
+        if text == "cropped" and last < keys < self.length:
             return table[:keys]
+        if text == "last" and keys > self.length:
+            return pad(table, (0, 0, keys - self.length, 0))
         if keys % self.length:
             raise ValueError(
                 f"positive: the regional prompt {self.layout.prompt!r} has {self.length} text tokens, but attention "
@@ -79,13 +87,14 @@ class RegionalPrompts:
 
     conds: the guider's conditionings by name, as the host has processed them. say: shows a message on the node of the
     patch. size: of the clip's latent, (F, h, w) or (h, w). replaced: blocks, by kind of patch, whose attention nodes
-    before the sampler have replaced.
+    before the sampler have replaced. base_model: the host's, of the run.
     """
 
     conds: Mapping[str, Sequence[dict]]
     say: Callable[[str], None] = LOG
     size: tuple[int, ...] | None = None
     replaced: Mapping[str, frozenset] = field(default_factory=dict)
+    base_model: object = None
     _placed: dict = field(default_factory=dict, repr=False)
     _tables: dict = field(default_factory=dict, repr=False)
     _once: dict = field(default_factory=dict, repr=False)
@@ -147,8 +156,17 @@ class RegionalPrompts:
         read = read if isinstance(read, Tensor) else raw
         key = id(layout), read.data_ptr(), tuple(read.shape), raw.data_ptr()
         if key not in self._placed:
-            self._placed[key] = _placed(layout, raw, read, name), raw, read  # kept, so that no address is used again
+            placed = self._prepared(layout, raw, read) if cond.get(UNPREPARED) else _placed(layout, raw, read, name)
+            self._placed[key] = placed, raw, read  # kept, so that no address is used again
         return self._placed[key][0]
+
+    def _prepared(self, layout: Layout, raw: Tensor, read: Tensor) -> Placed | None:
+        """As `_placed`, of a model (LTX-2) that itself prepares prompts and puts tokens of its own behind them."""
+        network, dtype = self.base_model.diffusion_model, self.base_model.get_dtype_inference()
+        own = network.preprocess_text_embeds(raw.to(read.device, dtype), unprocessed=True)
+        if own.shape != read.shape or not torch.allclose(own, read.to(own), rtol=1e-2, atol=1e-2):
+            return None  # zeroed out, or the host's copy for another prompt
+        return Placed(layout, read.shape[1], layout.offset_in(raw) or 0)
 
     def of_chunk(self, run: ModelRun, chunk: int) -> tuple[Placed | None, Area]:
         """Of a prompt in the batch of a call: its layout, and the area that its latent is a part of."""
@@ -287,8 +305,9 @@ def remember_prompts(say: Callable[[str], None], check: Callable[["RegionalPromp
         inner = extra_args["model_options"].setdefault("transformer_options", {})
         if inner.get(SOURCE_RUN):
             return executor(guider, sigmas, extra_args, callback, noise, *args, **kwargs)
-        size, replaced = tuple(noise.shape[2:]), replaced_blocks(inner)
-        prompts = inner[PROMPTS] = RegionalPrompts(getattr(guider, "conds", {}), say, size, replaced)
+        conds, replaced = getattr(guider, "conds", {}), replaced_blocks(inner)
+        size, base_model = _size_of(noise, conds.values()), getattr(guider, "inner_model", None)
+        prompts = inner[PROMPTS] = RegionalPrompts(conds, say, size, replaced, base_model)
         check(prompts)
         return executor(guider, sigmas, extra_args, callback, noise, *args, **kwargs)
 
@@ -308,10 +327,17 @@ def tell_conditionings(say: Callable[[str], None]):
             inner[RETAINED] = tuple(retained)
         if PROMPTS not in inner:  # a sampler of another pack that does not go the host's way
             own = {str(i): list(each or ()) for i, each in enumerate(conds)}
-            inner[PROMPTS] = RegionalPrompts(own, say, tuple(x.shape[2:]), replaced_blocks(inner))
+            inner[PROMPTS] = RegionalPrompts(own, say, _size_of(x, own.values()), replaced_blocks(inner), base_model)
         return executor(base_model, conds, x, timestep, {**model_options, "transformer_options": inner})
 
     return wrapper
+
+
+def _size_of(latent: Tensor, conds: Iterable[Sequence[dict]]) -> tuple[int, ...]:
+    """(F, h, w) or (h, w) of the clip in the latent of a run."""
+    of_models = (cond.get("model_conds", {}).get("latent_shapes") for own in conds for cond in own or ())
+    packed = next((found.cond for found in of_models if found is not None), None)
+    return clip_shape(latent.shape, packed)[2:]
 
 
 def replaced_blocks(options: Mapping) -> dict[str, frozenset]:

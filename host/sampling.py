@@ -77,7 +77,13 @@ class Run:
             models = [patcher, *self.guider.loaded_models, *self._models]
             comfy.model_management.load_models_gpu(models, memory_required=memory)
         self._conds = comfy.samplers.process_conds(
-            self.base_model, torch.zeros_like(latent), self._conds, latent.device, latent, None, self.seed
+            self.base_model,
+            torch.zeros_like(latent),
+            self._conds,
+            latent.device,
+            latent,
+            seed=self.seed,
+            latent_shapes=[latent.shape],
         )
         return self._conds["positive"]
 
@@ -237,6 +243,11 @@ class TrajectorySampler(comfy.samplers.Sampler):
     def _check(self, guider, sigmas, noise, denoise_mask, model_options) -> int:
         """Index of the first sigma in the trajectory; ValueError for whatever does not belong to it."""
         _check_guider(guider, self.trajectory)
+        if noise.ndim == 3:  # several latents, which the host has put one behind another
+            raise ValueError(
+                "latent_image: it holds sound beside the clip, which is not edited; connect the video output of LTXV "
+                "Separate AV Latent, and join clip and sound after the edit"
+            )
         if tuple(noise.shape) != self.trajectory.shape:
             raise ValueError(
                 f"latent_image: its shape {tuple(noise.shape)} is not the trajectory's {self.trajectory.shape}; "
@@ -341,7 +352,14 @@ def _without_noise_mask(guider, noise: Tensor, latent_image: Tensor | None, seed
             kept = {key: value for key, value in cond["model_conds"].items() if key not in ("denoise_mask", "c_concat")}
             cond["model_conds"] = kept
         comfy.samplers.encode_model_conds(
-            guider.inner_model.extra_conds, conds, noise, noise.device, name, latent_image=latent_image, seed=seed
+            guider.inner_model.extra_conds,
+            conds,
+            noise,
+            noise.device,
+            name,
+            latent_image=latent_image,
+            seed=seed,
+            latent_shapes=[noise.shape],
         )
 
 

@@ -89,7 +89,9 @@ class WordRecorder:
         if call.kind not in self.kinds or not wanted:
             return
         first, keys = self._text_of(call)
-        if keys % self.length and not (call.run.crops_text and max(self.places) < keys < self.length):
+        if call.run.text == "last" and keys > self.length:
+            first, keys = first + keys - self.length, self.length
+        if keys % self.length and not (call.run.text == "cropped" and max(self.places) < keys < self.length):
             raise ValueError(
                 f"positive: the regional prompt has {self.length} text tokens, but attention sees {keys}; remove a "
                 f"node that changes the prompt inside the model"

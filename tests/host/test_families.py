@@ -147,7 +147,7 @@ def test_every_attention_is_classified(family, model):
         tokens = frames * height * width
         assert [row.prompt for row in call.rows] == [1, 0]
         if call.kind == "cross":
-            assert call.query.shape[2] == tokens and call.rows[0].key_frames == ()
+            assert call.parts(call.query) == (0, tokens, family.behind) and call.rows[0].key_frames == ()
             continue
         assert call.of_clip(call.key).shape[::2] == (2 * frames, height * width)
         assert call.extra(call.key).shape[2] == call.key.shape[2] - tokens
@@ -168,7 +168,7 @@ def test_the_clips_tokens_are_the_clips(family, model):
     with_prompt = keys(positive=family.conditioning(5))
     change = (with_prompt[0] - of_clip).abs().max()  # some modulate a clip's tokens by a summary of the prompt
     assert change <= 1e-5 or change < 0.1 * (with_prompt[1] - other).abs().max()
-    assert other.shape[2] == 0 or (with_prompt[1] - other).abs().max() > 1e-2
+    assert other.shape[2] == family.behind or (with_prompt[1] - other).abs().max() > 1e-2
     changed = family.clip()
     per_token = family.shape[2] // family.grid[0]
     changed[:, :, -per_token:] += 1.0
@@ -590,7 +590,9 @@ def by_definition(call, t, sides, words, strength, text_first, share=None):
     share: (K,) of the clip that each region covers, or (tokens, K); None: as the tokens of the call do.
     """
     before, clip, after = call.parts(call.query) if call.kind != "joint" else (0, len(sides), 0)
-    sides = torch.nn.functional.pad(sides, (0, 0, before, after))  # those of a reference picture
+    sides = torch.nn.functional.pad(sides, (0, 0, before, after))  # those of reference pictures
+    if share is not None and share.ndim == 2:
+        share = torch.nn.functional.pad(share, (0, 0, before, after))
     of_clip = torch.zeros(len(sides), dtype=torch.bool)
     of_clip[before : before + clip] = True
     size = 1 - (sides * (sides[of_clip].mean(0) if share is None else share)).sum(1)
@@ -1127,7 +1129,8 @@ def test_masks_follow_animatediffs_own_windows(family, model):
 @every_family
 def test_a_lora_before_or_after_the_patch_is_the_same(family, model):
     matrices = (n for n, w in model.model.diffusion_model.named_parameters() if w.ndim == 2 and n.endswith("weight"))
-    weight_name = [name for name in matrices if "blocks" in name and not name.startswith("motion")][-1]
+    of_attention = tuple(f"{path}." for path in attention_layers(model))
+    weight_name = [name for name in matrices if name.startswith(of_attention) and "txt" not in name][-1]
     weight = model.model.diffusion_model.get_parameter(weight_name)
     key = f"diffusion_model.{weight_name}"
     patch = {key: ("diff", (torch.randn(weight.shape),))}

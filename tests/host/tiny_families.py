@@ -42,6 +42,7 @@ class TinyFamily:
     shape: of a latent; grid: of a transformer's tokens, of a U-Net's finest level; context: width of prompts; extra:
     what else a conditioning holds. calls: attention calls of one pass that are ours, hidden: how many of them the
     host's slot for attention does not see; others: that are not ours, and why. matched: whether it has an STR score.
+    behind: tokens of pictures behind the clip's.
     """
 
     name: str
@@ -58,6 +59,7 @@ class TinyFamily:
     step: float = 0.002
     fp8: float = 0.9
     matched: bool = True
+    behind: int = 0
 
     @property
     def patched(self) -> bool:
@@ -258,6 +260,19 @@ DITS = {
         image_model="ltxv", in_channels=128, cross_attention_dim=64, attention_head_dim=2, num_attention_heads=32,
         caption_channels=32, num_layers=2,
     ),
+    "ltx2": dict(
+        image_model="ltxav", in_channels=128, cross_attention_dim=64, attention_head_dim=32, num_attention_heads=2,
+        audio_in_channels=128, audio_cross_attention_dim=32, audio_attention_head_dim=16, audio_num_attention_heads=2,
+        caption_channels=32, num_layers=2, connector_attention_head_dim=16, connector_num_attention_heads=2,
+        connector_num_layers=1, rope_type="split", frequencies_precision="float64", apply_gated_attention=True,
+        use_middle_indices_grid=True,
+    ),
+    "hunyuan 1.5": dict(
+        image_model="hunyuan_video", in_channels=65, patch_size=[1, 1, 1], out_channels=32, vec_in_dim=None,
+        axes_dim=[16, 56, 56], meanflow=False, context_in_dim=32, hidden_size=128, mlp_ratio=4.0, num_heads=1, depth=2,
+        depth_single_blocks=0, theta=256, qkv_bias=True, byt5=True, guidance_embed=False, use_cond_type_embedding=True,
+        vision_in_dim=1152, meanflow_sum=False,
+    ),
     "hunyuan": dict(
         image_model="hunyuan_video", in_channels=16, patch_size=[1, 2, 2], out_channels=16, vec_in_dim=768,
         axes_dim=[16, 56, 56], meanflow=False, context_in_dim=32, hidden_size=128, mlp_ratio=4.0, num_heads=1, depth=1,
@@ -332,6 +347,39 @@ FAMILIES += (
         load=by_hand(KNOWN.LTXV, DITS["ltx"]),
         step=1e-4,
         extra=MASKED,
+    ),
+    TinyFamily(
+        name="LTX-2",
+        weights=dict,
+        shape=(1, 128, 3, 4, 4),
+        grid=(3, 4, 4),
+        context=64,
+        calls=4,
+        load=by_hand(KNOWN.LTXAV, DITS["ltx2"]),
+        step=1e-4,
+    ),
+    TinyFamily(
+        name="HunyuanVideo 1.5",
+        weights=dict,
+        shape=(1, 32, 3, 4, 4),
+        grid=(3, 4, 4),
+        context=32,
+        calls=2,
+        load=by_hand(KNOWN.HunyuanVideo15, DITS["hunyuan 1.5"]),
+        extra={"pooled_output": None},
+        others={"of the prompt with itself": 2},
+    ),
+    TinyFamily(
+        name="Wan with pictures behind the clip (Bernini)",
+        weights=dict,
+        shape=FIVE,
+        grid=(3, 4, 4),
+        context=32,
+        calls=4,
+        load=by_hand(KNOWN.WAN21_T2V, DITS["wan"]),
+        extra={"context_latents": [torch.full((1, 16, 1, 8, 8), 0.2), torch.full((1, 16, 2, 6, 8), -0.1)]},
+        step=1e-4,
+        behind=16 + 24,
     ),
     TinyFamily(
         name="Mochi",
