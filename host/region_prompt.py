@@ -18,8 +18,9 @@ Mode = Literal["paper", "released"]
 LAYOUT = "spacetime_edit_layout"
 """Key of the Layout in the dict of a CONDITIONING's entry."""
 
-CLIP_ENCODERS = ("l", "g", "h")
-"""The host's names of encoders that, beside another, only give one vector of the whole prompt."""
+BESIDE = ("l", "g", "h", "byt5")
+"""The host's names of encoders that, beside another, give one vector of the whole prompt, or vectors of what is written
+in quotation marks."""
 OPENING = "([{\"'“‘-/\n"
 """What a word may follow without a space."""
 
@@ -155,12 +156,12 @@ def encode_regional_prompt(
     def tokenize(text: str) -> list[object]:
         return _without_template(tokens_of(text)[0], around)
 
-    words, templated = tokenize(prompt), any(token is not None for token in around)
-    _, parts, weights = tokens_of(prompt)
-    starts = _starts(words, parts, tokenize) if templated else None
+    words, (_, parts, weights) = tokenize(prompt), tokens_of(prompt)
+    language_model = any(token is not None for token in around) or tokenize(" a") != tokenize("a")
+    starts = _starts(words, parts, tokenize) if language_model else None
     whole = Layout(prompt, tuple(regions), (), len(words), mode, tuple(words), tokenize, starts)
     phrases = any(region.phrase.strip() for region in regions)
-    if templated and phrases:
+    if language_model and phrases:
         _check_language_model(tokenize, splice)
     found = [_found(whole, r.phrase.strip(), r.occurrence) if r.phrase.strip() else ("", []) for r in regions]
     conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(prompt))
@@ -236,7 +237,7 @@ def _tokens(tokenize: Callable[[str], dict], text: str) -> tuple[list[object], l
     """The tokens of all chunks in a row, None where there is no word, of the encoder whose vectors attention reads; the
     numbers of the parts of the text that they are of, and their weights."""
     by_encoder = tokenize(text)
-    others = [tokens for name, tokens in by_encoder.items() if name not in CLIP_ENCODERS]
+    others = [tokens for name, tokens in by_encoder.items() if name not in BESIDE]
     read = others or list(by_encoder.values())
     if any([len(c) for c in tokens] != [len(c) for c in read[0]] for tokens in read[1:]):
         raise ValueError("clip: its text encoders cut a prompt in different ways: places of phrases are not known")

@@ -6,7 +6,7 @@ an area into the other prompts.
 """
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from types import MappingProxyType
 from typing import TypeVar
@@ -156,17 +156,19 @@ class RegionalPrompts:
         read = read if isinstance(read, Tensor) else raw
         key = id(layout), read.data_ptr(), tuple(read.shape), raw.data_ptr()
         if key not in self._placed:
-            placed = self._prepared(layout, raw, read) if cond.get(UNPREPARED) else _placed(layout, raw, read, name)
+            of = self._prepared if cond.get(UNPREPARED) else _placed
+            placed = of(layout, raw, read, name)
             self._placed[key] = placed, raw, read  # kept, so that no address is used again
         return self._placed[key][0]
 
-    def _prepared(self, layout: Layout, raw: Tensor, read: Tensor) -> Placed | None:
+    def _prepared(self, layout: Layout, raw: Tensor, read: Tensor, name: str) -> Placed | None:
         """As `_placed`, of a model (LTX-2) that itself prepares prompts and puts tokens of its own behind them."""
         network, dtype = self.base_model.diffusion_model, self.base_model.get_dtype_inference()
         own = network.preprocess_text_embeds(raw.to(read.device, dtype), unprocessed=True)
         if own.shape != read.shape or not torch.allclose(own, read.to(own), rtol=1e-2, atol=1e-2):
-            return None  # zeroed out, or the host's copy for another prompt
-        return Placed(layout, read.shape[1], layout.offset_in(raw) or 0)
+            return None  # the host's copy for another prompt
+        placed = _placed(layout, raw, raw, name)
+        return placed and replace(placed, length=read.shape[1])
 
     def of_chunk(self, run: ModelRun, chunk: int) -> tuple[Placed | None, Area]:
         """Of a prompt in the batch of a call: its layout, and the area that its latent is a part of."""

@@ -29,6 +29,9 @@ KNOWN_AS = {  # what users call the models of a tiny family
     "CogVideoX 1.5": "CogVideoX 1.5 5B",
     "Wan": "Wan 2.1 and 2.2, text to video",
     "Wan image to video": "Wan, image to video",
+    "Wan with pictures behind the clip (Bernini)": "Wan 2.2 with *Bernini Conditioning* (Bernini-R)",
+    "HunyuanVideo 1.5": "HunyuanVideo 1.5, text and image to video",
+    "LTX-2": "LTX-2 and 2.3 (2.5 by its class): the picture, not the sound",
 }
 SHOW1 = (
     "| Show-1, key frames in pixels | no: one attention reads prompt and frame together | no, for the same reason "

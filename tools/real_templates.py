@@ -133,7 +133,7 @@ def compare(graph: Graph, clip: Node, edited: Output, parts: Node, name: str) ->
     """Clip and edit side by side, as a film."""
     graph.column()
     pair = graph.add("ImageStitch", title="Clip | edit", image1=clip["images"], image2=edited)
-    film = graph.add("CreateVideo", images=pair["IMAGE"], fps=parts["fps"])
+    film = graph.add("CreateVideo", images=pair["IMAGE"], fps=parts["fps"], audio=parts["audio"])
     graph.add("SaveVideo", title="Film: clip | edit", video=film["VIDEO"], filename_prefix=f"spacetime_edit/{name}")
 
 
@@ -157,7 +157,7 @@ def match_real(graph: Graph, model: Node | dict, parts: Node, clip: Node, name: 
     conds = prompts(graph, model, use.STR_PROMPT)
     sampler = str_sampler(graph, trajectory, strength=1.0)
     edited = result(graph, model, sample(graph, source, conds, sampler["sampler"], cfg))
-    film = graph.add("CreateVideo", images=edited, fps=parts["fps"])
+    film = graph.add("CreateVideo", images=edited, fps=parts["fps"], audio=parts["audio"])
     graph.add("SaveVideo", title="Film: the edit", video=film["VIDEO"], filename_prefix=f"spacetime_edit/{name}")
     compare(graph, clip, edited, parts, f"{name}_compared")
 
@@ -208,7 +208,7 @@ def dds_show1(graph: Graph) -> None:
     graph.group("Result")
     images = graph.add("VAEDecode", samples=drawn["LATENT"], vae=larger["VAE"])["IMAGE"]
     graph.column()
-    film = graph.add("CreateVideo", images=images, fps=parts["fps"])
+    film = graph.add("CreateVideo", images=images, fps=parts["fps"], audio=parts["audio"])
     graph.add("SaveVideo", title="Film: the edit", video=film["VIDEO"], filename_prefix="spacetime_edit/show1")
 
 

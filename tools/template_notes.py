@@ -11,6 +11,7 @@ from template_settings import (
     DEPTH_MODEL,
     DEPTH_NET,
     HUNYUAN,
+    HUNYUAN15,
     KANDINSKY,
     LAVIE,
     LAVIE_FRAMES,
@@ -19,6 +20,7 @@ from template_settings import (
     LONG_FRAMES,
     LONG_WINDOW,
     LTX,
+    LTX2,
     MOCHI,
     MOTION,
     PARTS_TRACKED,
@@ -70,7 +72,7 @@ run. *Predict Cost* says first how long it will take: cancel if that is too long
 {fitted(kind)}{more}"""
 
 
-def regions_of(kind: Transformer) -> str:
+def regions_of(kind: Transformer, more: str = "") -> str:
     """About ST-Layout by boxes on a transformer."""
     return f"""## Regions on {kind.title}
 Each phrase of the prompt stays in its region, without a word on which is where in the prompt. The template offers the \
@@ -80,8 +82,10 @@ files: {offered(kind)}. Press **R**, choose your clip and write its prompt.
 2. Each **Region Prompt** ties a phrase to its mask; *Preview Regions* shows both over the clip.
 3. **ST-Layout Attention Patch** goes on the model; outside the regions the clip stays.
 
-{fitted(kind)}"""
+{fitted(kind)}{more}"""
 
+
+SOUND = "The picture alone is edited; the film keeps the sound of the clip."
 
 ABOUT = {
     "prompt_swap": f"""## Prompt swap
@@ -290,7 +294,9 @@ that is too long.
 frames a second moves little in so few: set **every_nth** to 3.""",
     "wan": matched(WAN, " The 14B fits the same graph."),
     "hunyuan": matched(HUNYUAN, " **cfg** stays 1: the model was made to follow the prompt by itself."),
+    "hunyuan15": matched(HUNYUAN15),
     "ltx": matched(LTX, " The smallest and fastest of these models."),
+    "ltx2": matched(LTX2, f" {SOUND}"),
     "mochi": matched(MOCHI),
     "cosmos": matched(COSMOS, " Made to go on from a picture; here it gets the whole clip."),
     "kandinsky": matched(KANDINSKY),
@@ -313,6 +319,7 @@ blended. The template offers {offered(WAN)}.
 *standard_static*.""",
     "wan_regions": regions_of(WAN),
     "ltx_regions": regions_of(LTX),
+    "ltx2_regions": regions_of(LTX2, f" {SOUND}"),
     "cogvideox": f"""## STR-Match on CogVideoX
 A transformer whose attention sees all frames at once; the score takes it from the first two blocks, as the paper \
 does. **Download** the two files of [the folder transformer]({COGVIDEOX_URL.replace("/resolve/", "/tree/")}) of \
@@ -494,11 +501,12 @@ stay more. (At 0 there is no match and no curve: that is the template *prompt sw
 - an SD 1.5 finetune for its CLIP and VAE; LoRAs of SD 1.5 fit the model's spatial layers.
 - a **mask** (white = edit) on *Fit Clip to Model*, from there to *STR Latent Optimizer*: the rest of the picture \
 stays.""",
-    **{key: tried() for key in ("wan", "hunyuan", "ltx", "mochi", "cosmos", "kandinsky")},
+    **{key: tried() for key in ("wan", "hunyuan", "hunyuan15", "ltx", "ltx2", "mochi", "cosmos", "kandinsky")},
     "wan22": tried("**to_percent** larger: more of the work for the model of high noise, which decides the layout."),
     "long_clip": tried("a longer **context_overlap**: softer seams, more windows."),
     "wan_regions": TRY_REGIONS,
     "ltx_regions": TRY_REGIONS,
+    "ltx2_regions": TRY_REGIONS,
     "cogvideox": tried(
         "**weight_dtype** *fp8_e4m3fn* in *Load CogVideoX*: a quarter of the memory of fp32, and less exact."
     ),

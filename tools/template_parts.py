@@ -59,7 +59,9 @@ def network(graph: Graph, kind: use.Transformer) -> tuple[Node, Output]:
 def text_and_vae(graph: Graph, kind: use.Transformer, loader: Node) -> dict[str, Output]:
     """Text encoder and VAE of a transformer, by kind of output."""
     names = [file.name for file in kind.text]
-    if len(names) == 1:
+    if kind is use.LTX2:
+        text = graph.add("LTXAVTextEncoderLoader", text_encoder=names[0], ckpt_name=kind.network.name)
+    elif len(names) == 1:
         text = graph.add("CLIPLoader", clip_name=names[0], type=kind.text_type)
     else:
         text = graph.add("DualCLIPLoader", clip_name1=names[0], clip_name2=names[1], type=kind.text_type)

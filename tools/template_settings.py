@@ -151,10 +151,12 @@ _FLUX_TEXT = _HUB + "comfyanonymous/flux_text_encoders/resolve/main"
 _WAN = _HUB + "Comfy-Org/Wan_2.1_ComfyUI_repackaged/resolve/main/split_files"
 _WAN22 = _HUB + "Comfy-Org/Wan_2.2_ComfyUI_Repackaged/resolve/main/split_files"
 _HUNYUAN = _HUB + "Comfy-Org/HunyuanVideo_repackaged/resolve/main/split_files"
+_HUNYUAN15 = _HUB + "Comfy-Org/HunyuanVideo_1.5_repackaged/resolve/main/split_files"
 _MOCHI = _HUB + "Comfy-Org/mochi_preview_repackaged/resolve/main/split_files"
 _T5 = File("t5xxl_fp16.safetensors", _FLUX_TEXT, "text_encoders")
 _CLIP_L = File("clip_l.safetensors", _FLUX_TEXT, "text_encoders")
 _UMT5 = File("umt5_xxl_fp8_e4m3fn_scaled.safetensors", _WAN + "/text_encoders", "text_encoders")
+_QWEN_VL = File("qwen_2.5_vl_7b_fp8_scaled.safetensors", _HUNYUAN15 + "/text_encoders", "text_encoders")
 _WAN_VAE = File("wan_2.1_vae.safetensors", _WAN + "/vae", "vae")
 _HUNYUAN_VAE = File("hunyuan_video_vae_bf16.safetensors", _HUNYUAN + "/vae", "vae")
 
@@ -215,6 +217,37 @@ LTX = Transformer(
     side=768,
     cfg=3.0,
 )
+LTX2 = Transformer(
+    title="LTX-2",
+    network=File("ltx-2.3-22b-dev-fp8.safetensors", _HUB + "Lightricks/LTX-2.3-fp8/resolve/main", "checkpoints"),
+    text=(
+        File(
+            "gemma_3_12B_it_fp4_mixed.safetensors",
+            _HUB + "Comfy-Org/ltx-2/resolve/main/split_files/text_encoders",
+            "text_encoders",
+        ),
+    ),
+    text_type="ltxav",
+    vae=None,
+    frames=49,
+    step=8,
+    side=768,
+    cfg=4.0,
+)
+HUNYUAN15 = Transformer(
+    title="HunyuanVideo 1.5",
+    network=File("hunyuanvideo1.5_720p_t2v_fp16.safetensors", _HUNYUAN15 + "/diffusion_models", "diffusion_models"),
+    text=(
+        _QWEN_VL,
+        File("byt5_small_glyphxl_fp16.safetensors", _HUNYUAN15 + "/text_encoders", "text_encoders"),
+    ),
+    text_type="hunyuan_video_15",
+    vae=File("hunyuanvideo15_vae_fp16.safetensors", _HUNYUAN15 + "/vae", "vae"),
+    frames=33,
+    step=4,
+    side=848,
+    cfg=6.0,
+)
 MOCHI = Transformer(
     title="Mochi",
     network=File("mochi_preview_bf16.safetensors", _MOCHI + "/diffusion_models", "diffusion_models"),
@@ -255,11 +288,7 @@ KANDINSKY = Transformer(
         "diffusion_models",
     ),
     text=(
-        File(
-            "qwen_2.5_vl_7b_fp8_scaled.safetensors",
-            _HUB + "Comfy-Org/HunyuanVideo_1.5_repackaged/resolve/main/split_files/text_encoders",
-            "text_encoders",
-        ),
+        _QWEN_VL,
         _CLIP_L,
     ),
     text_type="kandinsky5",

@@ -4,6 +4,7 @@ import contextlib
 import gc
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import comfy.lora
 import comfy.samplers
@@ -36,6 +37,7 @@ from spacetime_edit.host.model_pass import call_model, call_on_trajectory
 from spacetime_edit.host.region_finding import regions_from_attention
 from spacetime_edit.host.region_patch import RegionModulation, patch_regions
 from spacetime_edit.host.region_prompt import LAYOUT, Layout, with_layout
+from spacetime_edit.host.regional_prompts import Placed
 from spacetime_edit.host.relevance_matching import RelevanceMatching, str_score_of
 from spacetime_edit.host.relevance_preview import check_images, relevance_of
 from spacetime_edit.host.sampling import TrajectorySampler
@@ -1121,6 +1123,53 @@ def test_masks_follow_animatediffs_own_windows(family, model):
         )
     )
     assert support.relative(found, alone) <= 1e-3 * support.relative(other, alone)
+
+
+def test_words_stand_behind_pictures_and_written_letters():
+    """Where HunyuanVideo 1.5 gets what CLIP vision sees, and letters in quotation marks, beside the prompt."""
+    family = BY_NAME["HunyuanVideo 1.5"]
+    seen, model = {}, family.model()
+    beside = {
+        "clip_vision_output": SimpleNamespace(last_hidden_state=torch.randn(1, 11, 1152)),
+        "conditioning_byt5small": torch.randn(1, family.words, 1472),
+    }
+
+    def first_call(word=None):
+        conditioning = family.conditioning()
+        if word is not None:
+            conditioning[0][0][:, word] += 30.0
+        conditioning[0][1].update(beside)
+        calls = []
+        tap = AttentionTap(model, [calls.append])
+        support.prediction(model, conditioning, family.clip(), cfg=1.0, sigma=0.9, options=tap.install)
+        return calls[0]
+
+    plain = first_call()
+    keys = plain.extra(plain.key)
+    assert keys.shape[2] == 11 + 2 * family.words
+    for word in (1, 4):
+        placed = Placed(Layout("a", (Region("a", torch.ones(1, 8, 8)),), ((word,),), family.words), family.words, 0)
+        changed = first_call(word)
+        most = (changed.extra(changed.key) - keys).abs().sum((0, 1, 3)).argmax()
+        seen[word] = placed.words(keys.shape[2], changed.run.text)[:, 0].nonzero().flatten().tolist()
+        assert seen[word] == [int(most)]
+    assert seen[4][0] - seen[1][0] == 3
+
+
+@pytest.mark.parametrize(
+    ("base_model", "network", "message"),
+    [
+        ("WAN22_Animate", "AnimateWanModel", "is not a model to edit with: it draws a character from a reference"),
+        ("WAN22_Animate2", "AnimateWanModel", r"is not a supported model family \(the nearest is Wan\); expected one"),
+        ("LTXAV2", "LTXAVModel", r"\(the nearest is LTX-2\)"),
+        ("Lumina2", "NextDiT", "is not a supported model family; expected one of: UNet3D"),
+    ],
+)
+def test_what_is_no_family_is_refused_by_name(base_model, network, message):
+    inner = type(network, (), {})()
+    model = SimpleNamespace(model=type(base_model, (), {"diffusion_model": inner})(), injections={})
+    with pytest.raises(ValueError, match=f"^model: {base_model} .*{message}"):
+        family_of(model)
 
 
 # --- LoRA ---------------------------------------------------------------

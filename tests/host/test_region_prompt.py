@@ -1,13 +1,17 @@
 """Phrases in the prompts of text encoders other than CLIP: the host's own tokenizers, encoders without weights."""
 
+import io
+from functools import cache, partial
 from pathlib import Path
 
 import comfy.text_encoders
 import pytest
+import sentencepiece
 import torch
-from comfy.text_encoders.hunyuan_video import HunyuanVideoClipModel, HunyuanVideoTokenizer
+from comfy.text_encoders.hunyuan_image import HunyuanImageTEModel
+from comfy.text_encoders.hunyuan_video import HunyuanVideo15Tokenizer, HunyuanVideoClipModel, HunyuanVideoTokenizer
 from comfy.text_encoders.kandinsky5 import Kandinsky5TEModel, Kandinsky5Tokenizer
-from comfy.text_encoders.lt import LTXVT5Tokenizer
+from comfy.text_encoders.lt import LTXAVGemmaTokenizer, LTXAVTEModel, LTXVT5Tokenizer
 from spacetime_edit.core.regions import EVERY, Region
 from spacetime_edit.host.region_prompt import LAYOUT, encode_regional_prompt, positions_in
 from transformers import PreTrainedTokenizerFast
@@ -33,6 +37,7 @@ class Clip:
 
     def __init__(self, tokenizer, encoder):
         self.tokenizer, self.encoder, self.tokenizer_options = tokenizer, encoder, {}
+        self.cond_stage_model = getattr(encoder, "__self__", None)
 
     def tokenize(self, text, return_word_ids=False):
         return self.tokenizer.tokenize_with_weights(text, return_word_ids)
@@ -57,13 +62,73 @@ def kandinsky():
     return Clip(Kandinsky5Tokenizer(), model.encode_token_weights)
 
 
+def hunyuan_video_15():
+    model = HunyuanImageTEModel.__new__(HunyuanImageTEModel)
+    torch.nn.Module.__init__(model)
+    model.clip_name, model.clip, model.qwen25_7b = "qwen25_7b", "qwen25_7b", Numbers()
+    model.byt5_small = Numbers()
+    return Clip(HunyuanVideo15Tokenizer(), model.encode_token_weights)
+
+
+TEXTS = [
+    "a red circle beside a green square, on gray, red circles everywhere (a swan on a lake of very clear water)",
+    'a snowball and a ball, Red, the words "red ball" on a wall; and an old boat: 1.2 Boat boats user squirrel',
+]
+
+
+@cache
+def gemma_words():
+    """A vocabulary by Gemma's rules: spaces belong to the words behind them, and none is put in front of a text."""
+    made = io.BytesIO()
+    rules = dict(add_dummy_prefix=False, remove_extra_whitespaces=False, pad_id=0, eos_id=1, bos_id=2, unk_id=3)
+    texts = iter([text[k:] for text in TEXTS for k in range(0, len(text), 5)] * 3)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=texts, model_writer=made, vocab_size=110, model_type="bpe", minloglevel=2, **rules
+    )
+    return torch.frombuffer(bytearray(made.getvalue()), dtype=torch.uint8)
+
+
+class GemmaNumbers(torch.nn.Module):
+    """In the place of Gemma 3 with its 49 layers: the tokens' numbers, and which of them are no padding."""
+
+    def encode_token_weights(self, chunks):
+        self.numbers = torch.tensor([[float(token[0]) for token in chunk] for chunk in chunks])
+        mask = (self.numbers != 0).long()
+        return self.numbers[:, None, :, None].expand(-1, 49, -1, 3840 // 1920), None, {"attention_mask": mask}
+
+
+def ltx2(projection="dual_linear", compat=False):
+    """LTX-2's text encoder around that; compat: of its first files, which prepares prompts itself."""
+    model = LTXAVTEModel.__new__(LTXAVTEModel)
+    torch.nn.Module.__init__(model)
+    model.gemma3_12b, model.execution_device = GemmaNumbers(), torch.device("cpu")
+    model.compat_mode, model.text_projection_type = compat, projection
+
+    def numbers(vectors):
+        """Undoes what the encoder has done to them."""
+        return model.gemma3_12b.numbers[:, -vectors.shape[1 if projection == "single_linear" else 2] :, None]
+
+    def with_registers(vectors):
+        return torch.nn.functional.pad(vectors, (0, 0, 0, 1024 - vectors.shape[1]), value=-1.0), None
+
+    model.text_embedding_projection = numbers
+    model.video_embeddings_connector = model.audio_embeddings_connector = with_registers
+    return Clip(LTXAVGemmaTokenizer(tokenizer_data={"spiece_model": gemma_words()}), model.encode_token_weights)
+
+
 def encoded(*arguments, **options):
     """(conditioning, the layout that it carries)."""
     conditioning = encode_regional_prompt(*arguments, **options)
     return conditioning, conditioning[0][1][LAYOUT]
 
 
-ENCODERS = {"HunyuanVideo": hunyuan_video, "Kandinsky 5": kandinsky}
+ENCODERS = {
+    "HunyuanVideo": hunyuan_video,
+    "HunyuanVideo 1.5": hunyuan_video_15,
+    "Kandinsky 5": kandinsky,
+    "LTX-2": partial(ltx2, "single_linear", compat=True),
+    "LTX-2.3": ltx2,
+}
 MASK = torch.ones(1, 8, 8)
 
 
@@ -74,7 +139,8 @@ def clip(request):
 
 def shown(clip, conditioning, places):
     """The text whose vectors stand at these places."""
-    tokenizer = clip.tokenizer.llama if hasattr(clip.tokenizer, "llama") else clip.tokenizer.qwen25_7b
+    names = ("llama", "qwen25_7b", "gemma3_12b")
+    tokenizer = next(getattr(clip.tokenizer, name) for name in names if hasattr(clip.tokenizer, name))
     return tokenizer.tokenizer.decode(conditioning[0][0][0, list(places), 0].long().tolist()).strip()
 
 
@@ -92,7 +158,7 @@ def shown(clip, conditioning, places):
 )
 def test_the_vectors_of_a_phrase_are_its_words(clip, prompt, phrase):
     conditioning, layout = encoded(clip, prompt, [Region(phrase, MASK)])
-    assert layout.length == len(layout.words) == conditioning[0][0].shape[1]
+    assert layout.length == conditioning[0][0].shape[1]
     assert shown(clip, conditioning, layout.positions[0]).lower() == phrase
     assert positions_in(layout, phrase) == list(layout.positions[0])
 
