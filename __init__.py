@@ -8,6 +8,7 @@ async def comfy_entrypoint():
     from comfy_api.latest import ComfyExtension
 
     from .nodes.capture_score import CaptureSTRScore
+    from .nodes.check_model import CheckModel
     from .nodes.compare_edits import CompareEdits
     from .nodes.cosine_curve import STRCosineCurve
     from .nodes.encode_regional_prompt import EncodeRegionalPrompt
@@ -48,6 +49,7 @@ async def comfy_entrypoint():
                 InvertVideo,
                 SaveTrajectory,
                 LoadTrajectory,
+                CheckModel,
                 PredictCost,
                 SampleFromTrajectory,
                 CaptureSTRScore,

@@ -7,6 +7,7 @@
     python dev.py serve [args]      ComfyUI with the pack; args go to ComfyUI (--port 8188, --cpu, ...)
     python dev.py bench [name ...]  list the benchmarks, or run one with its args
     python dev.py run WORKFLOW      run a graph in API format, or a template, without the editor (tools/run.py)
+    python dev.py check [WORKFLOW]  whether the methods work with a template's model, on this machine (tools/check.py)
     python dev.py evaluate DATASET  run a template over a dataset and measure every edit (tools/evaluate.py)
 
 Each command first does what is missing of `setup`. COMFYUI_PATH names a ComfyUI to use instead of .host.
@@ -294,7 +295,7 @@ def setup_command(arguments: list[str]) -> int:
 
 COMMANDS = {
     "setup": setup_command,
-    **{name: tool(name) for name in ("demo", "run", "evaluate")},
+    **{name: tool(name) for name in ("demo", "run", "check", "evaluate")},
     "test": test,
     "serve": serve,
     "bench": bench,

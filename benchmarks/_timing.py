@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from statistics import median
 from typing import NamedTuple
 
-from ..tools.live_memory import PeakMemory
+from ..core.live_memory import PeakMemory
 
 RUNS = 7
 

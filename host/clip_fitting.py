@@ -5,10 +5,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from ..core.fitting import Mode, Placement, fit_frames, fit_size, place_images, place_mask
 from ..core.masks import as_frames
 from .families import family_of
+from .loaders.example_clips import clip_names, load_clip
 
 
 class FittedClip(NamedTuple):
@@ -55,6 +57,25 @@ def fit_clip(
     changes = _changes((total, height, width, channels), picked, placement)
     note = f"{changes} {family.name}: sides in steps of {multiple} pixels."
     return FittedClip(place_images(images, placement), place_mask(mask, placement), len(picked), note)
+
+
+EXAMPLE_FRAMES, EXAMPLE_SIDE = 17, 512
+PATCHES, COARSEST_CELLS = 16, 4
+"""Along a side of the example, for a transformer and at the coarsest level of a U-Net."""
+
+
+def example_for(model) -> Tensor:
+    """(F, side, side, 3): the first example clip, for transformers there and back, at a size that a ModelPatcher has
+    something to see in, and at most 512 pixels."""
+    images = load_clip(clip_names()[0]).images
+    there_and_back, joined = [*range(len(images)), *range(len(images) - 2, 0, -1)], family_of(model).patched is not None
+    count = EXAMPLE_FRAMES if joined else len(images)
+    shown = images[[there_and_back[i % len(there_and_back)] for i in range(count)]]
+    side = (PATCHES if joined else COARSEST_CELLS) * size_multiple(model)
+    side = max(images.shape[1], min(side, EXAMPLE_SIDE))
+    shown = interpolate(shown.movedim(-1, 1), (side, side), mode="nearest-exact").movedim(1, -1)
+    fits = {"max_frames": count, "max_side": side, "mode": "crop"}
+    return fit_clip(shown, model, **fits).images
 
 
 def _check_usable(total: int, every_nth: int) -> None:

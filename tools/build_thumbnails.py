@@ -22,9 +22,11 @@ SIZE = (512, 256)
 QUALITY = 85
 
 
-def film_of(server: LiveServer, template: Path) -> Path:
-    """Run a template; the animation that it saves."""
+def film_of(server: LiveServer, template: Path) -> Path | None:
+    """Run a template; the animation that it saves, None where it saves none."""
     graph = read(api_path(template))
+    if not any(node["class_type"] == "SaveAnimatedWEBP" for node in graph.values()):
+        return None
     (saver,) = [node_id for node_id, node in graph.items() if node["class_type"] == "SaveAnimatedWEBP"]
     entry = server.queue(graph)
     (film,) = server.output_files({"outputs": {saver: entry["outputs"][saver]}})
@@ -58,14 +60,16 @@ def main() -> None:
     pictures = {}
     with LiveServer(host_path()) as server:
         for template in filter(is_tiny, chosen):
-            pictures[template] = middle_frame(film_of(server, template))
+            if film := film_of(server, template):
+                pictures[template] = middle_frame(film)
     stand_in = next((picture for template, picture in pictures.items() if template.stem == STAND_IN), None)
     if stand_in is None and (before := WORKFLOWS / f"{STAND_IN}.jpg").exists():
         with Image.open(before) as image:
             stand_in = image.convert("RGB")
     for template in chosen:
         name_of_model = re.search(r"\((.+)\)$", template.stem)[1]
-        picture = pictures.get(template) or labelled(stand_in, name_of_model)
+        label = template.stem.split()[0] if is_tiny(template) else name_of_model
+        picture = pictures.get(template) or labelled(stand_in, label)
         path = template.with_suffix(".jpg")
         picture.save(path, quality=QUALITY, optimize=True)
         print(path.name, path.stat().st_size, "bytes")

@@ -103,6 +103,18 @@ def measured(graph: Graph, name: str) -> None:
     graph.add("STE_VideoEditMetrics", source=clip["images"], edit=edited, **of_edit)
 
 
+def checked(graph: Graph, name: str) -> None:
+    """What works with the embedded model."""
+    model, clip = load(graph, use.ONE_OBJECT)
+    graph.group("Check")
+    positive, latent = encode(graph, model, clip["images"], clip["source_prompt"])
+    graph.column()
+    conds = {"positive": positive["CONDITIONING"], "latent": latent["LATENT"]}
+    check = graph.add("STE_CheckModel", model=model["MODEL"], **conds)
+    graph.column()
+    graph.add("PreviewAny", title="JSON, to paste into an issue", source=check["JSON"])
+
+
 def compared(graph: Graph, name: str) -> None:
     """A prompt swap and STR-Match from one inversion, in numbers, as bars and side by side; flow and tracks."""
     model, clip = load(graph, use.ONE_OBJECT)
@@ -466,6 +478,7 @@ TEMPLATES: dict[str, tuple[str, Callable]] = {  # name: key of the notes and of 
     "Several objects - ST-Layout with SAM3 and ControlNet (SD 1.5)": ("sd15_sam3", partial(sd15, tracked=True)),
     "Parts of an object - ST-Layout with SAM3 (SD 1.5)": ("sd15_parts", partial(sd15, tracked=True, told=PARTS)),
     "Measure an edit - STR-Match (tiny)": ("measured", measured),
+    "Check your model (tiny)": ("checked", checked),
     "Compare edits - prompt swap and STR-Match (tiny)": ("compared", compared),
     "Delete an object - STR-Match (tiny)": ("delete", partial(tiny, **DELETE)),
     "Add an object - STR-Match (tiny)": ("add", add),

@@ -270,6 +270,12 @@ Press **Run**: the red circle becomes a square. {NOTHING_NEEDED}
 All of STR-Match is in the block **Edit Video (STR-Match)**: a model, a clip and two prompts go in, the edit comes \
 out. Find it, and *Edit Regions (ST-Layout)* and *Edit Video (DreamMotion)*, in the node library under *Subgraph \
 Blueprints*, or by searching for *Edit Video*. Its corner opens it: inside are the nodes of the other templates.""",
+    "checked": f"""## Check your model
+Press **Run**: **Check Model** tries inversion, attention, the gradient of STR-Match, regions and memory, and says how \
+each went. {NOTHING_NEEDED}
+
+For a model of yours: put its loader, text encoder and VAE in the place of the tiny one's, and your clip (behind *Fit \
+Clip to Model*) in the place of the example. The JSON holds no prompt and no file name.""",
     "compared": f"""## Compare edits
 Press **Run**: one clip is edited twice, by a prompt swap and by STR-Match, and **Compare Edits** says which is better \
 at what. {NOTHING_NEEDED}
@@ -487,6 +493,10 @@ stay more. (At 0 there is no match and no curve: that is the template *prompt sw
 - **mask_1** of *Load Example Clip* on **mask** of the block: the rest of the picture stays.
 - **lambda** 0: a prompt swap.
 - a model of your own in its place: then **steps** 50.""",
+    "checked": """### Try
+- nothing on **latent** and the VAE on **vae**: an example clip at the size of the model.
+- all nodes of an edit that came out wrong on **model**: what do they replace?
+- **layers** of *Capture STR Score* and **lambda** of *STR Latent Optimizer* connected to it.""",
     "compared": """### Try
 - a third edit: connect its *VAE Decode* to the free input of *Compare Edits* and add a line to **names**.
 - *Load CLIP Vision* and a CLIP of the same model on it: text alignment, frame consistency, Q-edit.

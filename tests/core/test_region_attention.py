@@ -6,8 +6,8 @@ import sys
 import pytest
 import torch
 from spacetime_edit.core import region_attention
+from spacetime_edit.core.live_memory import PeakMemory
 from spacetime_edit.core.region_attention import modulated_attention, modulation_strength
-from spacetime_edit.tools.live_memory import PeakMemory
 from torch.nn.functional import scaled_dot_product_attention
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from spacetime_edit.core.frames import FramePattern
+from spacetime_edit.core.live_memory import PeakMemory
 from spacetime_edit.core.regions import (
     EVERY,
     ONLY,
@@ -15,7 +16,6 @@ from spacetime_edit.core.regions import (
     size_term,
     token_regions,
 )
-from spacetime_edit.tools.live_memory import PeakMemory
 
 ONE = FramePattern().of(1)
 

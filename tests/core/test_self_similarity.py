@@ -3,8 +3,8 @@
 import pytest
 import torch
 from spacetime_edit.core import self_similarity
+from spacetime_edit.core.live_memory import PeakMemory
 from spacetime_edit.core.self_similarity import spatial_self_similarity_loss, temporal_self_similarity_loss
-from spacetime_edit.tools.live_memory import PeakMemory
 from torch.nn.functional import cosine_similarity
 
 FRAMES = 3

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from spacetime_edit.core.live_memory import PeakMemory
 from spacetime_edit.core.regions import Region
 from spacetime_edit.core.relevance import matching_loss
 from spacetime_edit.host.attention_tap import AttentionTap
@@ -14,7 +15,6 @@ from spacetime_edit.host.model_pass import call_model
 from spacetime_edit.host.region_patch import RegionModulation, patch_regions
 from spacetime_edit.host.region_prompt import encode_regional_prompt
 from spacetime_edit.tests.host import support
-from spacetime_edit.tools.live_memory import PeakMemory
 
 FRAMES, SIDE = 3, 8
 

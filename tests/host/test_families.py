@@ -19,6 +19,7 @@ from comfy.context_windows import (
 )
 from comfy.patcher_extension import WrappersMP
 from comfy.quant_ops import QuantizedTensor
+from spacetime_edit.core.live_memory import PeakMemory
 from spacetime_edit.core.parametrization import noise_fraction
 from spacetime_edit.core.regions import Region
 from spacetime_edit.core.relevance import matching_loss
@@ -45,7 +46,6 @@ from spacetime_edit.host.token_attention import share_inside, token_attention
 from spacetime_edit.host.trajectory_files import save_trajectory
 from spacetime_edit.tests.host import plain_distillation, support
 from spacetime_edit.tests.host.tiny_families import BY_NAME, DITS, KNOWN, MASK, by_hand, families, families_named
-from spacetime_edit.tools.live_memory import PeakMemory
 
 MIDDLE = 0.5  # of the denoising
 PERCENT = 0.1  # where regions act strongly

@@ -3,6 +3,7 @@
 import comfy.model_management as management
 import pytest
 import torch
+from spacetime_edit.core.live_memory import PeakMemory
 from spacetime_edit.core.relevance import matching_loss
 from spacetime_edit.host.attention_tap import AttentionTap
 from spacetime_edit.host.features import FeatureRecorder
@@ -10,7 +11,6 @@ from spacetime_edit.host.gradients import differentiable, latent_gradient, norma
 from spacetime_edit.host.loaders.unet3d import EMBEDDED, load_folder
 from spacetime_edit.host.model_pass import call_model
 from spacetime_edit.tests.host import support
-from spacetime_edit.tools.live_memory import PeakMemory
 
 FRAMES, SIDE, SIGMA = 3, 8, 2.0
 

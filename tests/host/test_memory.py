@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from spacetime_edit.core.live_memory import PeakMemory
 from spacetime_edit.core.relevance import AttentionFeatures, matching_loss
 from spacetime_edit.host.memory import SMALLER_TILES, loss_memory, small_tile
-from spacetime_edit.tools.live_memory import PeakMemory
 
 SIZES = {  # frames, heads, tokens, head width
     "one tile": (8, 4, 64, 32),

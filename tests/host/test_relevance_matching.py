@@ -6,6 +6,7 @@ import comfy.model_management as management
 import comfy.samplers
 import pytest
 import torch
+from spacetime_edit.core.live_memory import PeakMemory
 from spacetime_edit.host import cost as cost_module
 from spacetime_edit.host import relevance_matching
 from spacetime_edit.host.cost import Plan, predict_cost
@@ -14,7 +15,6 @@ from spacetime_edit.host.relevance_matching import RelevanceMatching, redraw_noi
 from spacetime_edit.host.sampling import TrajectorySampler
 from spacetime_edit.tests.host import support
 from spacetime_edit.tests.host.test_checkpointing import gradient
-from spacetime_edit.tools.live_memory import PeakMemory
 from torch.utils.flop_counter import FlopCounterMode
 
 FRAMES, SIDE, STEPS = 3, 8, 2

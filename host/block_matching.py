@@ -1,0 +1,127 @@
+"""Which blocks of a model carry the match of STR scores, and how far a move along their gradients goes."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import comfy.model_management as management
+import torch
+from torch import Tensor
+
+from ..core.live_memory import PeakMemory
+from ..core.polyak_step import polyak_move
+from ..core.relevance import matching_loss
+from .attention_tap import AttentionTap
+from .families import attention_layers
+from .features import FeatureRecorder
+from .gradient_pass import GradientPass, ModelCall
+from .gradients import normal_tensor
+from .memory import loss_memory
+from .model_pass import call_model
+from .relevance_matching import LONGEST_MOVE, sees_all_frames
+
+AWAY = 0.3
+"""How far from the source's latent matching begins, in its standard deviations."""
+LAMBDAS = (0.5, 1.0, 1.5)
+SMALL = 0.1
+"""Part of a move that is short enough for the loss to be nearly linear along it."""
+
+
+@dataclass(frozen=True)
+class BlockMatch:
+    """How far one move along the gradient of a block's own loss goes, with lambda 1.
+
+    before, after: cosines of the block's scores; gain: by how much the cosine of all tried blocks rises. right: whether
+    a small part of the move raises the block's cosine, as a gradient that is right does.
+    """
+
+    block: str
+    before: float
+    after: float
+    gain: float
+    right: bool
+
+    @property
+    def share(self) -> float:
+        """Of the way to a full match."""
+        return (self.after - self.before) / max(1 - self.before, 1e-9)
+
+
+class BlockTrial:
+    """Tries each of some blocks inside a run of the host, on a source latent and one that is a little away from it.
+
+    Afterwards: `blocks`; strength: the lambda that goes furthest for all of them, None where none goes forward; memory:
+    (predicted, measured bytes) of one gradient.
+    """
+
+    def __init__(self, model, source: Tensor, names: Sequence[str]):
+        self._model, self._source, self._names = model, source, names
+        self._wanted, self._layers = frozenset(names), attention_layers(model)
+        self._radius = int(sees_all_frames(model))
+        self.blocks: list[BlockMatch] = []
+        self.strength: float | None = None
+        self.memory: tuple[int, int] | None = None
+
+    def __call__(self, guider, sigma: Tensor, options: dict) -> None:
+        base, cond, source = guider.inner_model, guider.conds["positive"][0], self._source.to(sigma)
+        noise = torch.randn(source.shape, generator=torch.Generator().manual_seed(1)).to(source)
+        x, longest = source + AWAY * source.std() * noise, LONGEST_MOVE * float(source.std())
+        take, moving = GradientPass("Check Model", "the number of frames"), FeatureRecorder(self._wanted)
+
+        def recorded(x: Tensor) -> FeatureRecorder:
+            """Of a pass without gradient, by the kernels of one with it."""
+            recorder = FeatureRecorder(self._wanted)
+            tap = AttentionTap(self._model, [recorder], differentiable=True)
+            call_model(base, [cond], x, sigma, options, tap=tap, source=True)
+            return recorder
+
+        meter = take.meter(base, self._model)
+        with meter.open():
+            seen = recorded(source)
+        kept = {path: own.map(normal_tensor) for path, own in seen.features.items()}
+        loss = loss_memory(kept.values())
+        predicted = replace(meter.memory, loss=loss, small_loss=loss)
+
+        def cosines(move: Tensor | float) -> dict[str, float]:
+            recorder = recorded(x + move)
+            return {name: -float(self._loss(name, kept, recorder)) for name in self._names}
+
+        asked = ModelCall(base, self._model, cond, sigma, options, 1)
+        losses = {name: partial(self._loss, name, kept, moving) for name in self._names}
+        with peak_bytes(x.device) as peak:
+            made = take(asked, x, moving, losses)
+        self.memory = predicted.total(take.low_memory), peak()
+        before = _mean(cosines(0.0))
+        for name, loss in made.losses.items():
+            move = polyak_move(loss, made.gradients[name], longest=longest)
+            after, right = cosines(move), cosines(SMALL * move)[name] > -loss
+            self.blocks.append(BlockMatch(name, -loss, after[name], _mean(after) - before, right))
+        together = sum(made.gradients.values()) / len(self._names)
+        reached = {
+            share: _mean(cosines(polyak_move(-before, together, share=share, longest=longest))) for share in LAMBDAS
+        }
+        best = max(reached, key=reached.get)
+        self.strength = best if reached[best] > before else None
+
+    def _loss(self, name: str, kept: Mapping, recorder: FeatureRecorder) -> Tensor:
+        """Of one block."""
+        found, stop = recorder.features, management.throw_exception_if_processing_interrupted
+        paths = [path for path in kept if self._layers[path].block == name]
+        return torch.stack([matching_loss(kept[p], found[p], radius=self._radius, on_tile=stop) for p in paths]).mean()
+
+
+@contextlib.contextmanager
+def peak_bytes(device: torch.device) -> Iterator[Callable[[], int]]:
+    """Within and afterwards: what says the most bytes that lived at once on a device beyond those before."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        yield lambda: torch.cuda.max_memory_allocated(device) - before
+    else:
+        with PeakMemory() as watched:
+            yield lambda: watched.peak
+
+
+def _mean(values: Mapping[str, float]) -> float:
+    return sum(values.values()) / len(values)
