@@ -1,63 +1,65 @@
 """What an edit will cost in time and memory, from a few steps of it at its own size."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 
 import comfy.model_management
+import comfy.sampler_helpers
 import comfy.samplers
+import psutil
 import torch
 from torch import Tensor
 
 from ..core.parametrization import add_noise, noise_fraction
 from ..core.trajectory import Trajectory
+from .block_matching import peak_bytes
+from .distillation import MOTION, RELEVANCE, SPATIAL, TEMPORAL, Distillation, optimise
 from .families import family_of, noise_space
+from .features import key_blocks
 from .inversion import InversionSampler
-from .latents import check_clip_latent
+from .latents import check_clip_latent, frame_count
 from .memory import GradientMemory
 from .model_pass import as_source
+from .planned_edits import Plan
 from .relevance_matching import MatchedStep, RelevanceMatching, check_window, str_score_of
 from .sampling import TrajectorySampler
 from .step_caches import without_caches
 
 PROBE_STEPS = 3
 """Steps of each probe; the first warms up and is not counted."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The edit to predict. matching: with STR matching in its window; prompts: 2 with CFG above 1.
-
-    layers, iterations, start, end: those of the STR nodes.
-    """
-
-    steps: int = 50
-    refinements: int = 1
-    prompts: int = 2
-    matching: bool = True
-    layers: str = ""
-    iterations: int = 3
-    start: float = 0.0
-    end: float = 1.0
-
-    def __post_init__(self):
-        check_window(self.start, self.end)
+TERMS = {"s_ssm": SPATIAL, "t_ssm": TEMPORAL, "relevance": RELEVANCE, "frame_difference": MOTION}
+CARDS = (8, 12, 16, 24)
+"""GB (2^30 bytes) of cards to tell about."""
+RESERVED = 1.0e9
+"""Bytes of a card that the host and the driver keep."""
+STREAMED = 0.1
+"""Share of the weights that is on the card at once where the host streams them from main memory."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """A prediction: seconds by stage, bytes by use.
+    """A prediction for one edit: seconds by stage, bytes by use.
 
-    gradient: of one matching step, beyond the weights (None: no step matches); checkpointing: whether it will keep no
-    activations; sampling: the host's own estimate of a plain step; free: on the device, weights included.
+    frames: of the latent; matched_steps: how many of the steps take a gradient. held: bytes that are there before the
+    edit and stay, the weights of the model and its ControlNets in the form that they are loaded in, and in main memory
+    all else that this process holds. weights: those alone. sampling, gradient: measured, at the peak beyond that, of a
+    step without and with a gradient. foreseen: what a gradient takes by its sizes, None without one; checkpointing:
+    whether the probe kept no activations. free: on the device, what is held included.
     """
 
+    plan: Plan
+    frames: int
     inversion_seconds: float
     edit_seconds: float
     steps: int
     matched_steps: int
+    held: int
     weights: int
     sampling: int
-    gradient: GradientMemory | None
+    gradient: int
+    foreseen: GradientMemory | None
     checkpointing: bool
     trajectory: int
     free: int
@@ -68,47 +70,134 @@ class Cost:
 
     @property
     def memory(self) -> int:
-        """Peak bytes on the device: the weights and the larger of sampling and gradient."""
-        gradient = self.gradient.total(self.checkpointing) if self.gradient else 0
-        return self.weights + max(self.sampling, gradient)
+        """Peak bytes on the device."""
+        return self.held + max(self.sampling, self.gradient)
+
+    def working(self, checkpointing: bool) -> int:
+        """Peak bytes beyond the weights with activations kept or not; what was not tried is told by the sizes."""
+        if self.foreseen is None or self.checkpointing == checkpointing:
+            return max(self.sampling, self.gradient)
+        scale = self.foreseen.total(checkpointing) / max(self.foreseen.total(self.checkpointing), 1)
+        return max(self.sampling, round(self.gradient * scale))
 
 
-def predict_cost(model, positive, latent: Tensor, plan: Plan, scheduler: str = "ddim_uniform") -> Cost:
-    """Runs PROBE_STEPS steps of the inversion and of the edit at the size of `latent`, and counts up the rest.
+def predict_costs(model, positive: list, latent: Tensor, plans: Sequence[Plan]) -> list[Cost]:
+    """Runs PROBE_STEPS steps of every stage of each edit at the size of `latent`, and extrapolates.
 
-    model: a ModelPatcher; latent: as in the graph. Raises what the edit itself would raise, out of memory included.
+    model: a ModelPatcher, with everything that the edit has on it; latent: as in the graph. Raises what the edit itself
+    would raise, out of memory included.
     """
     family_of(model)
     check_clip_latent(latent, model)
+    for plan in plans:
+        check_window(plan.start, plan.end)
+    return [
+        _distillation(model, positive, latent, plan)
+        if plan.method == "DreamMotion"
+        else _edit(model, positive, latent, plan)
+        for plan in plans
+    ]
+
+
+def weight_bytes(model) -> int:
+    """Of a ModelPatcher's weights in the form that they are loaded in, quantised or packed ones too."""
+    return sum(_bytes_of(tensor) for tensor in model.model.state_dict().values())
+
+
+def _bytes_of(tensor: Tensor) -> int:
+    packed = getattr(tensor, "_qdata", tensor)
+    return packed.numel() * packed.element_size()
+
+
+# --- probes -------------------------------------------------------------
+
+
+def _edit(model, positive: list, latent: Tensor, plan: Plan) -> Cost:
     sampling = model.get_model_object("model_sampling")
-    sigmas = comfy.samplers.calculate_sigmas(sampling, scheduler, plan.steps)
+    sigmas = comfy.samplers.calculate_sigmas(sampling, plan.scheduler, plan.steps)
     times = [1 - noise_fraction(float(sigma), sampling.percent_to_sigma) for sigma in sigmas[:-1]]
     matched_steps = sum(plan.start <= t <= plan.end for t in times) if plan.matching else 0
 
     probe = _probe(model, positive, latent, sigmas)
+    run = partial(_run, probe, latent)
     inversion = InversionSampler(probe.space, refinements=0)
-    call = _seconds_a_step(probe, inversion, probe.sigmas.flip(0), latent)
-    plain = _seconds_a_step(probe, TrajectorySampler(probe), probe.sigmas, latent, plan.prompts)
-    matched, last = plain, None
+    invert = partial(run, inversion, probe.sigmas.flip(0))
+    call = _seconds(invert, model)
+    held = _held(model, positive)
+    at_work = [_peak(invert, model)]
+    plain = partial(run, TrajectorySampler(probe), probe.sigmas, prompts=plan.prompts)
+    seconds = _seconds(plain, model) * max(1.0, plan.prompts / 2)  # of three prompts two are tried
+    at_work.append(_peak(plain, model))
+    matched, gradient, last = seconds, 0, None
     if matched_steps:
-        matched, last = _matching_step(probe, latent, plan)
-    device = model.load_device
-    rows = (plan.prompts * latent.shape[0], *latent.shape[1:])
+        reports: list[MatchedStep] = []
+        match = partial(run, _matching(probe, plan, reports), probe.sigmas, prompts=plan.prompts)
+        matched = _seconds(match, model)
+        gradient, last = _peak(match, model), reports[-1]
     return Cost(
+        plan=plan,
+        frames=frame_count(latent),
         inversion_seconds=len(times) * (1 + plan.refinements) * call,
-        edit_seconds=matched_steps * matched + (len(times) - matched_steps) * plain,
+        edit_seconds=matched_steps * matched + (len(times) - matched_steps) * seconds,
         steps=len(times),
         matched_steps=matched_steps,
-        weights=model.model_size(),
-        sampling=int(model.memory_required(rows)),
-        gradient=last and last.memory,
+        sampling=max(at_work),
+        gradient=gradient,
+        foreseen=last and last.memory,
         checkpointing=bool(last and last.checkpointing),
         trajectory=(len(times) + 1) * latent.numel() * latent.element_size(),
-        free=int(comfy.model_management.get_free_memory(device)) + model.loaded_size(),
+        free=_free(model),
+        **held,
     )
 
 
-def _probe(model, positive, latent: Tensor, sigmas: Tensor) -> Trajectory:
+def _distillation(model, positive: list, latent: Tensor, plan: Plan) -> Cost:
+    weights = {TERMS[name]: weight for name, weight in plan.terms}
+    made = {"weights": weights, "blocks": key_blocks(model, plan.layers), "low_memory": plan.low_memory}
+
+    def run(steps: int) -> None:
+        optimise(model, positive, positive, positive, latent, Distillation(steps=steps, **made), seed=0)
+
+    run(1)  # warms up
+    held, began = _held(model, positive), perf_counter()
+    run(1)
+    once = perf_counter()
+    run(PROBE_STEPS)
+    step = max(0.0, (perf_counter() - once) - (once - began)) / (PROBE_STEPS - 1)
+    peak, terms = _peak(partial(run, 1), model), any(weights.values())
+    return Cost(
+        plan=plan,
+        frames=frame_count(latent),
+        inversion_seconds=0.0,
+        edit_seconds=plan.steps * step,
+        steps=plan.steps,
+        matched_steps=plan.steps if terms else 0,
+        sampling=0 if terms else peak,
+        gradient=peak if terms else 0,
+        foreseen=None,
+        checkpointing=plan.low_memory,
+        trajectory=0,
+        free=_free(model),
+        **held,
+    )
+
+
+def _held(model, positive: list) -> dict[str, int]:
+    """Of a model that has run: what the prediction starts from."""
+    conds = {"positive": comfy.sampler_helpers.convert_cond(positive)}
+    beside, _ = comfy.sampler_helpers.get_additional_models(conds, model.model_dtype())
+    weights = sum(map(weight_bytes, {id(own): own for own in (model, *beside)}.values()))
+    on_card = model.load_device.type != "cpu"
+    return {"weights": weights, "held": weights if on_card else psutil.Process().memory_info().rss}
+
+
+def _free(model) -> int:
+    device = model.load_device
+    free = int(comfy.model_management.get_free_memory(device))
+    return free + (psutil.Process().memory_info().rss if device.type == "cpu" else model.loaded_size())
+
+
+def _probe(model, positive: list, latent: Tensor, sigmas: Tensor) -> Trajectory:
     """A trajectory of noised copies of the clip at a few noise levels from the middle of the schedule."""
     middle = max(0, min(len(sigmas) // 2, len(sigmas) - 1 - PROBE_STEPS))
     sigmas = torch.cat([sigmas[middle : middle + PROBE_STEPS], sigmas.new_zeros(1)])
@@ -118,31 +207,66 @@ def _probe(model, positive, latent: Tensor, sigmas: Tensor) -> Trajectory:
     return Trajectory(latents, sigmas, space, model, positive)
 
 
-def _matching_step(probe: Trajectory, latent: Tensor, plan: Plan) -> tuple[float, MatchedStep]:
-    """Seconds of a step with STR matching, and what the last one reported."""
-    matching = RelevanceMatching(str_score_of(probe, plan.layers), iterations=plan.iterations)
-    reports: list[MatchedStep] = []
+def _matching(probe: Trajectory, plan: Plan, reports: list[MatchedStep]) -> TrajectorySampler:
+    """A sampler that matches at every step, and what it has reported."""
+    score = str_score_of(probe, plan.layers, plan.radius)
+    memory = "low" if plan.low_memory else "auto"
+    matching = RelevanceMatching(score, iterations=plan.iterations, memory=memory)
 
     def matched(x, step):
         x = matching(x, step)
         reports[:] = step.run.records
         return x
 
-    sampler = TrajectorySampler(probe, before_step=[matched])
-    return _seconds_a_step(probe, sampler, probe.sigmas, latent, plan.prompts), reports[-1]
+    return TrajectorySampler(probe, before_step=[matched])
 
 
-def _seconds_a_step(probe: Trajectory, sampler, sigmas: Tensor, latent: Tensor, prompts: int = 1) -> float:
-    """Seconds of one step of `sampler` after its first, in a real run of the host."""
+def _run(probe: Trajectory, latent: Tensor, sampler, sigmas: Tensor, callback=None, prompts: int = 1) -> None:
+    """A real run of the host, with so many prompts a step."""
     of_source = isinstance(sampler, InversionSampler)
     guider = comfy.samplers.CFGGuider(as_source(without_caches(probe.model)[0]) if of_source else probe.model)
     guider.inner_set_conds({"positive": probe.conditioning, "negative": probe.conditioning})
     guider.set_cfg(1.0 if prompts == 1 else 2.0)
+    guider.sample(torch.zeros_like(latent), latent, sampler, sigmas, callback=callback, disable_pbar=True, seed=0)
+
+
+def _seconds(run: Callable, model) -> float:
+    """Of one step of a run after its first."""
     ends = []
 
     def note(step, denoised, x, total):
         float(x.flatten()[0])  # waits for the device
         ends.append(perf_counter())
 
-    guider.sample(torch.zeros_like(latent), latent, sampler, sigmas, callback=note, disable_pbar=True, seed=0)
+    run(callback=note)
     return (ends[-1] - ends[0]) / (len(ends) - 1)
+
+
+def _peak(run: Callable, model) -> int:
+    """Bytes at the peak of a run beyond what was there before."""
+    with peak_bytes(model.load_device) as peak:
+        run()
+    return peak()
+
+
+# --- cards --------------------------------------------------------------
+
+
+def fits_on(card: int, cost: Cost) -> str:
+    """What of an edit fits on a card of so many GB (2^30 bytes), with the cheapest settings that do."""
+    usable, streamed = card * 2**30 - RESERVED, STREAMED * cost.weights
+    plain, low = cost.working(False), cost.working(True)
+    streaming = "weights that ComfyUI streams from main memory (slower)"
+    choices = {
+        "fits": cost.weights + plain,
+        "fits with memory low": cost.weights + low,
+        f"fits with {streaming}": streamed + plain,
+        f"fits with memory low and {streaming}": streamed + low,
+    }
+    for said, needed in choices.items():
+        if needed <= usable:
+            return said
+    frames = int(cost.frames * max(0.0, usable - streamed) / max(low, 1))
+    if frames >= 2:
+        return f"fits with memory low and at most {frames} of the {cost.frames} latent frames, or a smaller picture"
+    return "does not fit; choose a smaller picture"

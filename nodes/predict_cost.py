@@ -1,126 +1,96 @@
-"""Predict Cost: minutes and memory of an edit, before it runs."""
+"""Predict Cost: minutes and memory of the edits of a graph, before they run."""
 
 from comfy_api.latest import io, ui
 
-from .types import fraction, show_on_node, valid, valid_window
+from .types import show_on_node
 
 
 class PredictCost(io.ComfyNode):
-    """Times a few steps of an edit at its own size and counts up the rest."""
+    """Reads the edits of a clip from the graph, runs a few steps of each at its own size, and extrapolates."""
 
     @classmethod
     def define_schema(cls):
-        from comfy.samplers import SCHEDULER_NAMES
-
         return io.Schema(
             node_id="STE_PredictCost",
             display_name="Predict Cost",
             category="Spacetime Edit/trajectory",
-            description="Says how many minutes and how much memory an edit of this clip will take, before you start "
-            "it. It runs three steps of each stage, at the size of your clip, and counts up the rest.",
+            description="Says how many minutes and how much memory the edits of this clip will take, before you start "
+            "them, and on which cards they fit. It reads steps, cfg, layers and the like from the nodes of the graph, "
+            "and runs three steps of each stage at the size of your clip.",
             search_aliases=["vram", "memory estimate", "time estimate", "how long", "benchmark"],
             is_output_node=True,
             inputs=[
-                io.Model.Input("model", tooltip="The model that will do the edit."),
-                io.Conditioning.Input("positive", tooltip="Any prompt; its length counts a little."),
-                io.Latent.Input("latent", tooltip="The clip, encoded with the VAE of this model."),
-                io.Combo.Input(
-                    "method",
-                    options=["STR-Match", "prompt swap"],
-                    default="STR-Match",
-                    tooltip="What will edit: STR Latent Optimizer, or Sample from Trajectory.",
+                io.Model.Input("model", tooltip="The model of the edit, with all nodes that it has on it."),
+                io.Conditioning.Input(
+                    "positive", tooltip="The prompt, with the ControlNet that the edit has, if it has one."
                 ),
-                io.Int.Input(
-                    "steps",
-                    default=50,
-                    min=4,
-                    max=500,
-                    tooltip="Number of steps, as in Invert Video.",
-                ),
-                io.Boolean.Input(
-                    "cfg",
-                    default=True,
-                    tooltip="Whether the guider's cfg is above 1, so that each step runs the model with two prompts.",
-                ),
-                io.Combo.Input(
-                    "scheduler",
-                    options=list(SCHEDULER_NAMES),
-                    default="ddim_uniform",
-                    advanced=True,
-                    tooltip="As in Invert Video.",
-                ),
-                io.Int.Input(
-                    "refinements",
-                    default=1,
-                    min=0,
-                    max=10,
-                    advanced=True,
-                    tooltip="As in Invert Video.",
-                ),
-                io.String.Input("layers", default="", advanced=True, tooltip="As in Capture STR Score."),
-                io.Int.Input(
-                    "iterations",
-                    default=3,
-                    min=1,
-                    max=10,
-                    advanced=True,
-                    tooltip="As in STR Latent Optimizer.",
-                ),
-                fraction(
-                    "start_percent",
-                    0.0,
-                    advanced=True,
-                    tooltip="As in STR Latent Optimizer.",
-                ),
-                fraction(
-                    "end_percent",
-                    0.75,
-                    advanced=True,
-                    tooltip="As in STR Latent Optimizer.",
+                io.Latent.Input(
+                    "latent",
+                    tooltip="The clip: the same latent that Invert Video or Video DDS Optimize gets, by which the "
+                    "edits in the graph are found.",
                 ),
             ],
             outputs=[
-                io.String.Output(display_name="report", tooltip="Time and memory by stage, as text."),
-                io.Float.Output(display_name="minutes", tooltip="Inversion and edit together, in minutes."),
+                io.String.Output(display_name="report", tooltip="Time and memory by edit and stage, as text."),
+                io.Float.Output(display_name="minutes", tooltip="Inversion and edits together, in minutes."),
                 io.Float.Output(display_name="gigabytes", tooltip="Peak memory on the device with the weights, in GB."),
             ],
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt],
         )
 
     @classmethod
-    def validate_inputs(cls, layers=None, start_percent=None, end_percent=None):
-        from ..host.families import parse_blocks
+    def fingerprint_inputs(cls, **_):
+        from ..host.planned_edits import digest_of_running
 
-        window = valid_window(start_percent, end_percent)
-        return valid(parse_blocks, layers or "") if window is True else window
+        return digest_of_running()
 
     @classmethod
-    def execute(cls, model, positive, latent, method, steps, cfg, scheduler, **settings) -> io.NodeOutput:
-        from ..host.cost import Plan, predict_cost
+    def execute(cls, model, positive, latent) -> io.NodeOutput:
+        from ..host.cost import predict_costs
+        from ..host.planned_edits import Plan, edits_in
 
-        start, end = settings.pop("start_percent"), settings.pop("end_percent")
-        plan = Plan(steps, prompts=1 + cfg, matching=method == "STR-Match", start=start, end=end, **settings)
-        cost = predict_cost(model, positive, latent["samples"], plan, scheduler)
-        text = report(cost)
+        graph, node = (None, None) if cls.hidden is None else (cls.hidden.prompt, cls.hidden.unique_id)
+        plans = edits_in(graph or {}, str(node))
+        costs = predict_costs(model, positive, latent["samples"], plans or [Plan()])
+        text = report(costs, found=bool(plans))
         show_on_node(cls, text)
-        return io.NodeOutput(text, cost.seconds / 60, cost.memory / 1e9, ui=ui.PreviewText(text))
+        seconds = max(cost.inversion_seconds for cost in costs) + sum(cost.edit_seconds for cost in costs)
+        memory = max(cost.memory for cost in costs)
+        return io.NodeOutput(text, seconds / 60, memory / 1e9, ui=ui.PreviewText(text))
 
 
-def report(cost) -> str:
-    """A `host.cost.Cost` in plain words."""
-    matched = f", {cost.matched_steps} of them with matching" if cost.matched_steps else ""
+UNKNOWN = (
+    "No edit of this latent was found in the graph, so this is for STR-Match with its defaults. Connect the latent "
+    "that Invert Video or Video DDS Optimize gets."
+)
+
+
+def report(costs, found: bool = True) -> str:
+    """A list of `host.cost.Cost` in plain words."""
+    head = [] if found else [UNKNOWN]
+    return "\n\n".join([*head, *map(_of_edit, costs)])
+
+
+def _of_edit(cost) -> str:
+    from ..host.cost import CARDS, fits_on
+
+    plan = cost.plan
+    matched = f", {cost.matched_steps} of them with a gradient" if cost.matched_steps else ""
+    inversion = f"inversion {duration(cost.inversion_seconds)}, edit " if cost.inversion_seconds else ""
+    layers = f", layers {plan.layers}" if plan.layers.strip() else ""
     lines = [
-        f"{duration(cost.seconds)} in all: inversion {duration(cost.inversion_seconds)}, edit "
-        f"{duration(cost.edit_seconds)} ({cost.steps} steps{matched}).",
-        f"{size(cost.memory)} of memory at the peak, {size(cost.free)} are free: weights {size(cost.weights)}, "
-        f"sampling {size(cost.sampling)}.",
+        f"{plan.method}: {duration(cost.seconds)} in all: {inversion}{duration(cost.edit_seconds)} ({cost.steps} "
+        f"steps{matched}{layers}).",
+        f"{size(cost.memory)} of memory at the peak, {size(cost.free)} are free: {size(cost.held)} are held before it, "
+        f"{size(cost.weights)} of them weights; a step takes {size(max(cost.sampling, cost.gradient))} more.",
     ]
-    if cost.gradient:
-        small, large = size(cost.gradient.total(True)), size(cost.gradient.total(False))
+    if cost.foreseen:
         chosen = "Memory is short, so it will keep no activations." if cost.checkpointing else "There is room for it."
-        lines.append(f"The gradient of a step takes {large}, or {small} with memory low (slower). {chosen}")
-    lines.append(f"The trajectory takes {size(cost.trajectory)} of main memory.")
-    return "\n".join(lines)
+        small, large = size(cost.working(True)), size(cost.working(False))
+        lines.append(f"A step with a gradient takes {large}, or {small} with memory low (slower). {chosen}")
+    if cost.trajectory:
+        lines.append(f"The trajectory takes {size(cost.trajectory)} of main memory.")
+    return "\n".join([*lines, *(f"{card} GB card: {fits_on(card, cost)}." for card in CARDS)])
 
 
 def duration(seconds: float) -> str:

@@ -147,8 +147,8 @@ def match_real(graph: Graph, model: Node | dict, parts: Node, clip: Node, name: 
     graph.group("Encode")
     positive, latent = encode(graph, model, clip["images"], use.STR_SOURCE)
     graph.group("What it will cost")
-    plan = {"model": model["MODEL"], "positive": positive["CONDITIONING"], "latent": latent["LATENT"], "steps": 50}
-    graph.add("STE_PredictCost", **plan, cfg=cfg > 1)
+    plan = {"model": model["MODEL"], "positive": positive["CONDITIONING"], "latent": latent["LATENT"]}
+    graph.add("STE_PredictCost", **plan)
     graph.group("Invert")
     trajectory = inversion(graph, model, positive, latent["LATENT"], 50)
     graph.add("STE_SaveTrajectory", trajectory=trajectory["trajectory"], filename_prefix=f"trajectories/{name}")

@@ -9,8 +9,9 @@ import torch
 from spacetime_edit.core.live_memory import PeakMemory
 from spacetime_edit.host import cost as cost_module
 from spacetime_edit.host import relevance_matching
-from spacetime_edit.host.cost import Plan, predict_cost
+from spacetime_edit.host.cost import predict_costs
 from spacetime_edit.host.inversion import invert
+from spacetime_edit.host.planned_edits import Plan
 from spacetime_edit.host.relevance_matching import RelevanceMatching, redraw_noise, str_score_of
 from spacetime_edit.host.sampling import TrajectorySampler
 from spacetime_edit.tests.host import support
@@ -341,8 +342,8 @@ def test_predicted_memory_of_a_gradient(tiny, frames, side, checkpoint):
         2 * torch.randn(frames, 4, side, side, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)
     )
     measured = gradient(tiny.model, support.encode(tiny), target, source, checkpoint=checkpoint)[2].peak
-    cost = predict_cost(tiny.model, support.encode(tiny), source, Plan(steps=5))
-    predicted = cost.gradient.total(checkpointing=checkpoint)
+    (cost,) = predict_costs(tiny.model, support.encode(tiny), source, [Plan(steps=5, end=1.0)])
+    predicted = cost.foreseen.total(checkpointing=checkpoint)
     assert 0.9 <= predicted / measured <= 1.34
 
 
@@ -362,14 +363,19 @@ def test_a_whole_edit_keeps_only_the_trajectory(tiny, edit, trajectory):
 def test_predicted_cost_counts_steps_and_bytes(tiny):
     latent = torch.randn(FRAMES, 4, SIDE, SIDE)
     before = support.Untouched(tiny.model)
-    costs = {
-        name: predict_cost(tiny.model, support.encode(tiny), latent, Plan(steps=20, **options), "simple")
-        for name, options in {"half": dict(end=0.499), "none": dict(matching=False), "all": {}}.items()
+    plans = {
+        "half": dict(end=0.499),
+        "none": dict(method="prompt swap"),
+        "all": dict(end=1.0),
+        "zero": dict(strength=0.0),
     }
-    assert [costs[name].matched_steps for name in costs] == [10, 0, 20]
-    assert costs["none"].gradient is None and costs["none"].steps == 20
+    made = [Plan(steps=20, scheduler="simple", **options) for options in plans.values()]
+    costs = dict(zip(plans, predict_costs(tiny.model, support.encode(tiny), latent, made), strict=True))
+    assert [costs[name].matched_steps for name in costs] == [10, 0, 20, 0]
+    assert costs["none"].foreseen is None and costs["none"].steps == 20
     assert costs["all"].trajectory == 21 * latent.numel() * 4
     assert all(cost.inversion_seconds > 0 and cost.edit_seconds > 0 for cost in costs.values())
+    assert costs["all"].weights == sum(w.numel() * w.element_size() for w in tiny.model.model.state_dict().values())
     assert before.changed() == []
 
 
@@ -377,9 +383,8 @@ def test_predicted_time_is_that_of_a_run(tiny, trajectory, edit, monkeypatch):
     """On a clock that counts floating point operations: seconds of a busy machine prove nothing."""
     with FlopCounterMode(display=False) as work:
         monkeypatch.setattr(cost_module, "perf_counter", work.get_total_flops)
-        cost = predict_cost(
-            tiny.model, edit, torch.randn(trajectory.shape), Plan(steps=10, prompts=1, iterations=1), "simple"
-        )
+        plan = Plan(steps=10, prompts=1, iterations=1, end=1.0, scheduler="simple")
+        (cost,) = predict_costs(tiny.model, edit, torch.randn(trajectory.shape), [plan])
     sampling = tiny.model.get_model_object("model_sampling")
     sigmas = comfy.samplers.calculate_sigmas(sampling, "simple", 10)
     with FlopCounterMode(display=False) as work:

@@ -1,11 +1,13 @@
 """The nodes around STR-Match: sweep, cosine curve, predicted cost, and the options of score and optimizer."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from spacetime_edit.nodes.capture_score import CaptureSTRScore
 from spacetime_edit.nodes.charts import Line, line_chart
 from spacetime_edit.nodes.cosine_curve import STRCosineCurve
-from spacetime_edit.nodes.predict_cost import PredictCost, duration, size
+from spacetime_edit.nodes.predict_cost import UNKNOWN, PredictCost, duration, size
 from spacetime_edit.nodes.sweep_lambda import SweepLambda, parse_lambdas
 from spacetime_edit.tests.host import support
 from spacetime_edit.tests.nodes.test_edit_nodes import SIDE, Graph, refused
@@ -99,23 +101,45 @@ def test_a_chart_draws_its_curve():
 # Predict Cost
 
 
-def test_predicted_cost_in_plain_words(graph):
-    settings = dict(scheduler="simple", refinements=0, layers="", iterations=1, start_percent=0.0, end_percent=1.0)
-    output = PredictCost.execute(graph.model, graph.positive, graph.latent, "STR-Match", 6, True, **settings)
-    report, minutes, gigabytes = output.result
-    assert "6 steps, 6 of them with matching" in report and "memory low" in report
+@pytest.fixture
+def planned(monkeypatch):
+    """Lets Predict Cost find itself in a graph with these nodes, by id."""
+
+    def put(graph, **inputs):
+        own = {"class_type": "STE_PredictCost", "inputs": {"latent": ["1", 0]} | inputs}
+        hidden = SimpleNamespace(unique_id="9", prompt=graph | {"9": own})
+        monkeypatch.setattr(PredictCost, "hidden", hidden, raising=False)
+
+    return put
+
+
+INVERTED = {
+    "class_type": "STE_InvertVideo",
+    "inputs": {"latent": ["1", 0], "steps": 6, "refinements": 0, "scheduler": "simple"},
+}
+
+
+def test_predicted_cost_in_plain_words(graph, planned):
+    """What the graph says is not asked again."""
+    planned(
+        {
+            "2": INVERTED,
+            "3": {"class_type": "STE_CaptureSTRScore", "inputs": {"trajectory": ["2", 0], "layers": "m0"}},
+            "4": {"class_type": "STE_STRLatentOptimizer", "inputs": {"score": ["3", 0], "end_percent": 1.0}},
+            "5": {"class_type": "STE_SampleFromTrajectory", "inputs": {"trajectory": ["2", 0]}},
+        }
+    )
+    report, minutes, gigabytes = PredictCost.execute(graph.model, graph.positive, graph.latent).result
+    assert "6 steps, 6 of them with a gradient, layers m0" in report and "prompt swap: " in report
+    assert "memory low" in report and "8 GB card: fits" in report
     assert 0 < minutes < 5 and 0 < gigabytes < 10
-    plain = PredictCost.execute(graph.model, graph.positive, graph.latent, "prompt swap", 6, False, **settings).result
-    assert "matching" not in plain[0] and plain[1] < minutes
+    planned({})
+    assert PredictCost.execute(graph.model, graph.positive, graph.latent).result[0].startswith(UNKNOWN)
 
 
 def test_predicted_cost_of_something_that_is_no_clip(graph):
-    settings = dict(scheduler="simple", refinements=0, layers="", iterations=1, start_percent=0.0, end_percent=1.0)
     with refused(graph, "^latent: it has 1 frame"):
-        latent = {"samples": torch.randn(1, 4, SIDE, SIDE)}
-        PredictCost.execute(graph.model, graph.positive, latent, "STR-Match", 6, True, **settings)
-    assert "expected 0 <= start_percent" in PredictCost.validate_inputs("", 0.8, 0.2)
-    assert "is not a block" in PredictCost.validate_inputs("d0-", 0.0, 1.0)
+        PredictCost.execute(graph.model, graph.positive, {"samples": torch.randn(1, 4, SIDE, SIDE)})
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(3.4, "3 s"), (89, "89 s"), (150, "2.5 min"), (7200, "2.0 h")])

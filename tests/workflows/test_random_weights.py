@@ -74,7 +74,7 @@ def test_dreammotion_on_key_frames_in_pixels(server):
 
 
 def test_str_match_on_lavie(server):
-    graph = changed("Swap an object - STR-Match (LaVie)", STE_InvertVideo={"steps": 4}, STE_PredictCost={"steps": 4})
+    graph = changed("Swap an object - STR-Match (LaVie)", STE_InvertVideo={"steps": 4})
     embedded_instead_of(graph, "CheckpointLoaderSimple", "v1-5-pruned-emaonly-fp16.safetensors")
     entry = server.queue(graph)
     files = server.output_files(entry)
@@ -117,7 +117,6 @@ def test_templates_of_transformers(server, name):
     graph = changed(
         name,
         STE_InvertVideo={"steps": 4},
-        STE_PredictCost={"steps": 4},
         WanContextWindowsManual={"context_length": 9, "context_overlap": 4},
         STE_EncodeRegionalPrompt={"prompt": "a blue square and a red circle on a gray background"},
     )
