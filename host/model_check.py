@@ -23,8 +23,8 @@ from .inversion import invert, reconstruct, reconstruction_db
 from .latents import check_clip_latent, frame_count
 from .model_facts import facts_of
 from .model_pass import HANDLER, as_source, call_model, check_handler, nearest_step
-from .region_patch import RegionModulation, patch_regions
-from .region_prompt import Layout, with_layout
+from .region_patch import RegionModulation, has_regions, patch_regions
+from .region_prompt import LAYOUT, Layout, with_layout
 from .relevance_matching import lacks_for_relevance, str_score_of
 from .step_caches import without_caches
 
@@ -264,8 +264,9 @@ class _Trial:
             x = self._at(EARLY).to(sigma)
             return guider(x, sigma * x.new_ones(x.shape[0]), model_options=options, seed=0)
 
-        plain = self._inside(predict, EARLY, self._model)
-        patched = patch_regions(self._model, modulation)
+        patched = self._model if has_regions(self._model) else patch_regions(self._model, modulation)
+        bare = [[embedding, {k: v for k, v in about.items() if k != LAYOUT}] for embedding, about in self._positive]
+        plain = self._inside(predict, EARLY, self._model, bare)
         changed = self._inside(predict, EARLY, patched, with_layout(self._positive, layout))
         change = (changed - plain).float().square()
         inside = box[0].to(change).bool().expand(change.shape)

@@ -12,10 +12,13 @@ from comfy.context_windows import (
     get_matching_fuse_method,
 )
 from comfy.patcher_extension import WrappersMP
+from spacetime_edit.core.regions import Region
 from spacetime_edit.host import block_matching, model_check
 from spacetime_edit.host.clip_fitting import example_for
 from spacetime_edit.host.families import family_of
 from spacetime_edit.host.model_check import check_model
+from spacetime_edit.host.region_patch import RegionModulation, patch_regions
+from spacetime_edit.host.region_prompt import Layout, with_layout
 from spacetime_edit.tests.host import support
 from spacetime_edit.tests.host.tiny_families import BY_NAME, families, families_named
 
@@ -170,6 +173,16 @@ def test_what_others_have_put_in_is_told_and_nothing_else(family, model):
     assert facts["wrappers of other packs"] == ["of a test"] and facts["step caches"] == ["easycache"]
     assert facts["computes in"] == "float32" and facts["weights"] == ["float32"]
     assert not any("/" in str(value) or "\\" in str(value) for value in facts.values())
+
+
+@families_named("UNet3D", "Wan")
+def test_a_model_with_our_own_patch_and_a_regional_prompt_is_checked_as_it_is(family, model):
+    """As they are in the graph of an edit."""
+    patched = patch_regions(model, RegionModulation(end=1.0))
+    mask = torch.ones(1, 8, 8)
+    layout = Layout("a", (Region("a", mask),), ((1,),), family.words)
+    check = check_model(patched, with_layout(family.conditioning(), layout), 0.5 * family.clip())
+    assert not check.broken, check.broken
 
 
 @families_named("UNet3D", "Wan")
