@@ -29,6 +29,7 @@ import comfy.ops
 from comfy.ldm.cogvideo.model import CogVideoXTransformer3DModel
 from comfy.ldm.cosmos.predict2 import MiniTrainDIT
 from comfy.ldm.hunyuan_video.model import HunyuanVideo
+from comfy.ldm.lightricks.av_model import LTXAVModel
 from comfy.ldm.lightricks.model import LTXVModel
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.ldm.wan.model import WanModel
@@ -97,14 +98,16 @@ def svd(frames: int, height: int, width: int):
     return network, lambda: network(x, meta((frames,)), context, about, transformer_options=dict(OPTIONS), **options)
 
 
-def transformer(build, channels: int, text: int, step: int, cell: int, tokens: int, **more):
+def transformer(build, channels: int, text: int, step: int, cell: int, tokens: int, listed: bool = False, **more):
+    """listed: the network takes a list of latents."""
+
     def run(frames: int, height: int, width: int):
         network = build()
         latents = (frames - 1) // step + 1
         x = meta((1, channels, latents, height // cell, width // cell))
         given = {key: value() for key, value in more.items()}
         return network, lambda: network(
-            x, meta((1,)), meta((1, tokens, text)), transformer_options=dict(OPTIONS), **given
+            [x] if listed else x, meta((1,)), meta((1, tokens, text)), transformer_options=dict(OPTIONS), **given
         )
 
     return run
@@ -142,6 +145,22 @@ MODELS = {  # name: (family, how to build and run it)
         transformer(
             lambda: LTXVModel(num_layers=28, **META), 128, 4096, 8, 32, 256,
             attention_mask=lambda: meta((1, 256), torch.long),
+        ),
+    ),
+    "LTX-2 19B": (
+        "LTX-2",
+        transformer(lambda: LTXAVModel(num_layers=48, **META), 128, 2 * 3840, 8, 32, 1024, listed=True),
+    ),
+    "HunyuanVideo 1.5": (
+        "HunyuanVideo 1.5",
+        transformer(
+            lambda: HunyuanVideo(
+                in_channels=65, patch_size=[1, 1, 1], out_channels=32, vec_in_dim=None, axes_dim=[16, 56, 56],
+                meanflow=False, context_in_dim=3584, hidden_size=2048, mlp_ratio=4.0, num_heads=16, depth=54,
+                depth_single_blocks=0, theta=256, qkv_bias=True, byt5=True, guidance_embed=False,
+                use_cond_type_embedding=True, vision_in_dim=1152, meanflow_sum=True, **META,
+            ),
+            65, 3584, 4, 16, 256,
         ),
     ),
     "HunyuanVideo": (
@@ -200,7 +219,13 @@ def predicted(family, network, call, last: str | None = None) -> tuple[float, fl
 
 def last_block(family) -> str | None:
     """Of a transformer, by its family's row."""
-    path = {"HunyuanVideo": "double_blocks.1", "LTX-Video": "transformer_blocks.1"}.get(family.name, "blocks.1")
+    begins = {
+        "HunyuanVideo": "double_",
+        "HunyuanVideo 1.5": "double_",
+        "LTX-Video": "transformer_",
+        "LTX-2": "transformer_",
+    }
+    path = f"{begins.get(family.name, '')}blocks.1"
     return path if family.patched else None
 
 

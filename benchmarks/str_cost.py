@@ -47,9 +47,10 @@ from spacetime_edit.core.relevance import AttentionFeatures, matching_loss, str_
 from spacetime_edit.core.trajectory import Trajectory
 from spacetime_edit.host.attention_tap import AttentionTap
 from spacetime_edit.host.checkpointing import checkpointed
-from spacetime_edit.host.families import attention_layers, family_of
+from spacetime_edit.host.families import family_of
 from spacetime_edit.host.features import FeatureRecorder
 from spacetime_edit.host.gradients import latent_gradient, normal_tensor
+from spacetime_edit.host.layers import attention_layers
 from spacetime_edit.host.loaders import unet3d
 from spacetime_edit.host.loaders.diffusers_folder import EMBEDDED_PATH, ModelFolder
 from spacetime_edit.host.loaders.unet3d_model import build

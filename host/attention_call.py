@@ -17,8 +17,9 @@ from ..core.frames import FrameMap
 from ..core.inflation import Inflation
 from ..core.parametrization import noise_fraction
 from .animatediff import window_of
-from .families import IN_SPACE, AttentionKind, Ends, Family, Layer, TextKeys, patch_size
+from .families import IN_SPACE, AttentionKind, Ends, Family, TextKeys, patch_size
 from .latents import clip_shape
+from .layers import Layer
 
 SOURCE_RUN = "spacetime_edit_source"
 """Key in transformer_options of runs that see the source clip; region patches are inactive there."""

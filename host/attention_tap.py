@@ -15,8 +15,9 @@ from torch.nn import Module
 
 from .animatediff import bridged
 from .attention_call import AttentionCall, ModelRun, describe_call, describe_run, who_asks
-from .families import AttentionKind, Layer, attention_layers, family_of, layers_in
+from .families import AttentionKind, family_of
 from .kernels import plain_kernels, uncompiled
+from .layers import Layer, attention_layers, layers_in
 
 KEY = "spacetime_edit_tap"
 ONE_GPU = "model: editing runs on one GPU; remove the multi-GPU node from this model"

@@ -13,10 +13,10 @@ from ..core.live_memory import PeakMemory
 from ..core.polyak_step import polyak_move
 from ..core.relevance import matching_loss
 from .attention_tap import AttentionTap
-from .families import attention_layers
 from .features import FeatureRecorder
 from .gradient_pass import GradientPass, ModelCall
 from .gradients import normal_tensor
+from .layers import attention_layers
 from .memory import loss_memory
 from .model_pass import call_model
 from .relevance_matching import LONGEST_MOVE, sees_all_frames

@@ -22,11 +22,12 @@ from ..core.self_similarity import spatial_self_similarity_loss, temporal_self_s
 from .attention_call import ModelRun
 from .attention_tap import ONE_GPU, AttentionTap
 from .conditioning import check_picture
-from .families import IN_SPACE, Layer, family_of, noise_space
+from .families import IN_SPACE, family_of, noise_space
 from .features import FeatureRecorder, KeyRecorder, Recorders
 from .gradient_pass import GradientPass, Gradients, ModelCall
 from .gradients import normal_tensor
 from .latents import check_clip_latent, frame_count, grid_mask_of, mask_like
+from .layers import Layer
 from .memory import small_tile
 from .model_pass import (
     Window,

@@ -9,7 +9,8 @@ from ..core.attention_scores import HIDDEN
 from ..core.relevance import AttentionFeatures
 from .attention_call import AttentionCall
 from .attention_tap import EnoughSeen, Listener
-from .families import IN_SPACE, attention_layers, select_blocks
+from .families import IN_SPACE
+from .layers import attention_layers, select_blocks
 
 
 class FeatureRecorder:

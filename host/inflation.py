@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from ..core.inflation import Inflation
 from .attention_call import INFLATION, ModelRun
 from .attention_tap import AttentionTap
-from .families import attention_layers, family_of
+from .families import family_of
+from .layers import attention_layers
 
 
 def inflation_of(model) -> Inflation | None:

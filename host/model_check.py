@@ -17,10 +17,11 @@ from ..core.regions import Region
 from ..core.trajectory import Trajectory
 from .attention_tap import AttentionTap
 from .block_matching import BlockMatch, BlockTrial
-from .families import IN_SPACE, attention_layers, family_of
+from .families import IN_SPACE, family_of
 from .features import FeatureRecorder
 from .inversion import invert, reconstruct, reconstruction_db
 from .latents import check_clip_latent, frame_count
+from .layers import attention_layers
 from .model_facts import facts_of
 from .model_pass import HANDLER, as_source, call_model, check_handler, nearest_step
 from .region_patch import RegionModulation, has_regions, patch_regions

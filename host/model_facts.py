@@ -10,7 +10,8 @@ from comfy.ldm.modules import attention
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from .families import attention_layers, family_of, noise_space
+from .families import family_of, noise_space
+from .layers import attention_layers
 from .model_pass import HANDLER
 from .step_caches import caches_in
 

@@ -16,7 +16,8 @@ from torch.nn.functional import pad
 from ..core.region_attention import Factors, Overlap, modulated_attention, modulation_strength, region_factors
 from .attention_call import AttentionCall, ModelRun
 from .attention_tap import AttentionTap, running_taps
-from .families import AttentionKind, Layer, attention_layers, family_of
+from .families import AttentionKind, family_of
+from .layers import Layer, attention_layers
 from .node_text import LOG, NodeText
 from .region_prompt import LAYOUT
 from .regional_prompts import (

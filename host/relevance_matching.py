@@ -15,12 +15,13 @@ from ..core.relevance import AttentionFeatures, Paths, matching_loss
 from ..core.trajectory import Trajectory
 from .attention_call import ModelRun
 from .attention_tap import AttentionTap, Listener
-from .families import IN_SPACE, Family, Layer, attention_layers, family_of, parse_blocks, select_blocks
+from .families import IN_SPACE, Family, family_of
 from .features import FeatureRecorder
 from .gradient_pass import GradientPass, ModelCall
 from .gradients import normal_tensor
 from .inflation import inflation_of
 from .latents import mask_like
+from .layers import Layer, attention_layers, parse_blocks, select_blocks
 from .memory import SMALLER_TILES, GradientMemory, loss_memory, small_tile
 from .model_pass import Window, by_window, call_model
 from .sampling import Step

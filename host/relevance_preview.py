@@ -11,8 +11,9 @@ from ..core.cross_frame_relevance import cross_frame_relevance, point_region, re
 from ..core.masks import as_frames
 from ..core.trajectory import Trajectory
 from .attention_call import AttentionCall
-from .families import AttentionKind, attention_layers, select_blocks, space_kinds
+from .families import AttentionKind, space_kinds
 from .latents import frame_count, time_of
+from .layers import attention_layers, select_blocks
 from .model_pass import HANDLER, call_on_trajectory
 
 LUMINANCE = torch.tensor([0.299, 0.587, 0.114])

@@ -11,8 +11,9 @@ from ..core.frames import FrameMap
 from ..core.regions import MASKS
 from ..core.trajectory import Trajectory
 from .attention_call import AttentionCall
-from .families import AttentionKind, attention_layers, select_blocks, text_kinds
+from .families import AttentionKind, text_kinds
 from .latents import frame_count, time_of
+from .layers import attention_layers, select_blocks
 from .model_pass import call_on_trajectory
 from .region_prompt import Layout, positions_in
 from .regional_prompts import placed_on

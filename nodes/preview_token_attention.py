@@ -68,7 +68,7 @@ class PreviewTokenAttention(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, layers=None):
-        from ..host.families import parse_blocks
+        from ..host.layers import parse_blocks
 
         return valid(parse_blocks, layers or "")
 

@@ -75,7 +75,7 @@ class RegionsFromAttention(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, layers=None):
-        from ..host.families import parse_blocks
+        from ..host.layers import parse_blocks
 
         return valid(parse_blocks, layers or "")
 

@@ -150,7 +150,7 @@ class VideoDDSOptimize(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, layers=None, t_min=None, t_max=None):
         from ..host.distillation import check_times
-        from ..host.families import parse_blocks
+        from ..host.layers import parse_blocks
 
         times = valid(check_times, (0.01 if t_min is None else t_min, 0.99 if t_max is None else t_max))
         return times if times is not True else valid(parse_blocks, layers or "")

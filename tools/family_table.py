@@ -50,8 +50,9 @@ def table() -> str:
 
 
 def _row(tiny) -> str:
-    from spacetime_edit.host.families import attention_layers, family_of
+    from spacetime_edit.host.families import family_of
     from spacetime_edit.host.features import key_blocks
+    from spacetime_edit.host.layers import attention_layers
     from spacetime_edit.host.relevance_matching import lacks_for_relevance
 
     model = tiny.model()

@@ -6,8 +6,8 @@ import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
 from spacetime_edit.host.attention_tap import AttentionTap, EnoughSeen, until_enough_seen
-from spacetime_edit.host.families import attention_layers, select_blocks
 from spacetime_edit.host.features import FeatureRecorder
+from spacetime_edit.host.layers import attention_layers, select_blocks
 from spacetime_edit.host.model_pass import call_model
 from spacetime_edit.tests.host import support
 

@@ -7,9 +7,10 @@ from spacetime_edit.core.regions import Region
 from spacetime_edit.core.relevance import matching_loss
 from spacetime_edit.host.attention_tap import AttentionTap
 from spacetime_edit.host.checkpointing import checkpointed
-from spacetime_edit.host.families import attention_layers, family_of
+from spacetime_edit.host.families import family_of
 from spacetime_edit.host.features import FeatureRecorder
 from spacetime_edit.host.gradients import latent_gradient, normal_tensor
+from spacetime_edit.host.layers import attention_layers
 from spacetime_edit.host.memory import small_tile
 from spacetime_edit.host.model_pass import call_model
 from spacetime_edit.host.region_patch import RegionModulation, patch_regions

@@ -27,12 +27,13 @@ from spacetime_edit.host.attention_tap import AttentionTap
 from spacetime_edit.host.checkpointing import checkpointed
 from spacetime_edit.host.conditioning import PICTURE
 from spacetime_edit.host.distillation import SPATIAL, TEMPORAL, Distillation, optimise
-from spacetime_edit.host.families import attention_layers, family_of, noise_space
+from spacetime_edit.host.families import family_of, noise_space
 from spacetime_edit.host.features import FeatureRecorder, key_blocks
 from spacetime_edit.host.gradients import latent_gradient, normal_tensor
 from spacetime_edit.host.inflation import inflation_of
 from spacetime_edit.host.inversion import invert
 from spacetime_edit.host.latents import time_of
+from spacetime_edit.host.layers import attention_layers
 from spacetime_edit.host.memory import ActivationMeter
 from spacetime_edit.host.model_pass import call_model, call_on_trajectory
 from spacetime_edit.host.region_finding import regions_from_attention

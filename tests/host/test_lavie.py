@@ -6,8 +6,9 @@ import torch
 from safetensors.torch import save_file
 from spacetime_edit.core.parametrization import NoiseSpace
 from spacetime_edit.host.attention_tap import AttentionTap
-from spacetime_edit.host.families import attention_layers, family_of, noise_space
+from spacetime_edit.host.families import family_of, noise_space
 from spacetime_edit.host.features import FeatureRecorder
+from spacetime_edit.host.layers import attention_layers
 from spacetime_edit.host.loaders import lavie
 from spacetime_edit.host.loaders.diffusers_folder import ModelFolderError
 from spacetime_edit.host.loaders.lavie_model import distance_buckets, rotate

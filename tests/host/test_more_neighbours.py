@@ -17,10 +17,11 @@ from spacetime_edit.core.parametrization import NoiseSpace, ddim_inversion_step
 from spacetime_edit.core.regions import Region
 from spacetime_edit.host.attention_tap import AttentionTap
 from spacetime_edit.host.distillation import SPATIAL, Distillation, optimise
-from spacetime_edit.host.families import attention_layers, noise_space
+from spacetime_edit.host.families import noise_space
 from spacetime_edit.host.features import key_blocks
 from spacetime_edit.host.inflation import inflate_attention
 from spacetime_edit.host.inversion import RF_SIGMA_MAX
+from spacetime_edit.host.layers import attention_layers
 from spacetime_edit.host.model_pass import call_model
 from spacetime_edit.host.region_patch import RegionModulation, patch_regions
 from spacetime_edit.host.region_prompt import LAYOUT, digests_of, encode_regional_prompt

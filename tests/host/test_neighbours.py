@@ -31,9 +31,9 @@ from comfy_extras.nodes_perpneg import Guider_PerpNeg, perp_neg
 from spacetime_edit.core.regions import Region
 from spacetime_edit.host import model_pass, regional_prompts, step_caches
 from spacetime_edit.host.distillation import SPATIAL, Distillation, optimise
-from spacetime_edit.host.families import attention_layers
 from spacetime_edit.host.features import key_blocks
 from spacetime_edit.host.inversion import invert
+from spacetime_edit.host.layers import attention_layers
 from spacetime_edit.host.region_patch import RegionModulation, patch_regions
 from spacetime_edit.host.region_prompt import LAYOUT, Layout, digests_of, with_layout
 from spacetime_edit.host.relevance_matching import RelevanceMatching, str_score_of

@@ -15,8 +15,9 @@ from spacetime_edit.core.parametrization import NoiseSpace
 from spacetime_edit.host import distillation
 from spacetime_edit.host.attention_tap import AttentionTap
 from spacetime_edit.host.distillation import MOTION, RELEVANCE, SPATIAL, TEMPORAL, Distillation, optimise
-from spacetime_edit.host.families import attention_layers, family_of, noise_space
+from spacetime_edit.host.families import family_of, noise_space
 from spacetime_edit.host.features import key_blocks
+from spacetime_edit.host.layers import attention_layers
 from spacetime_edit.host.loaders import show1_model, unet3d
 from spacetime_edit.host.loaders.diffusers_folder import ModelFolder, ModelFolderError
 from spacetime_edit.host.region_patch import RegionModulation, patch_regions
