@@ -153,10 +153,11 @@ def _edit(model, positive: list, latent: Tensor, plan: Plan) -> Cost:
 
 def _distillation(model, positive: list, latent: Tensor, plan: Plan) -> Cost:
     weights = {TERMS[name]: weight for name, weight in plan.terms}
-    made = {"weights": weights, "blocks": key_blocks(model, plan.layers), "low_memory": plan.low_memory}
+    made, terms = {"weights": weights, "blocks": key_blocks(model, plan.layers)}, any(weights.values())
 
-    def run(steps: int) -> None:
-        optimise(model, positive, positive, positive, latent, Distillation(steps=steps, **made), seed=0)
+    def run(steps: int, low_memory: bool = plan.low_memory) -> None:
+        settings = Distillation(steps=steps, low_memory=low_memory, **made)
+        optimise(model, positive, positive, positive, latent, settings, seed=0)
 
     run(1)  # warms up
     held, began = _held(model, positive), perf_counter()
@@ -164,7 +165,10 @@ def _distillation(model, positive: list, latent: Tensor, plan: Plan) -> Cost:
     once = perf_counter()
     run(PROBE_STEPS)
     step = max(0.0, (perf_counter() - once) - (once - began)) / (PROBE_STEPS - 1)
-    peak, terms = _peak(partial(run, 1), model), any(weights.values())
+    peak, foreseen = _peak(partial(run, 1), model), None
+    if terms:
+        low = peak if plan.low_memory else _peak(partial(run, 1, low_memory=True), model)
+        foreseen = GradientMemory(peak, low)
     return Cost(
         plan=plan,
         frames=frame_count(latent),
@@ -174,7 +178,7 @@ def _distillation(model, positive: list, latent: Tensor, plan: Plan) -> Cost:
         matched_steps=plan.steps if terms else 0,
         sampling=0 if terms else peak,
         gradient=peak if terms else 0,
-        foreseen=None,
+        foreseen=foreseen,
         checkpointing=plan.low_memory,
         trajectory=0,
         free=_free(model),

@@ -21,6 +21,11 @@ def clip_shape(shape: Sequence[int], packed: Sequence[Sequence[int]] | None) -> 
     return tuple(packed[0] if packed is not None and len(packed) > 1 else shape)
 
 
+def clip_mask(noise_mask):
+    """Of the noise mask that a LATENT carries, None or nested with one for its sound, the clip's."""
+    return noise_mask.unbind()[0] if getattr(noise_mask, "is_nested", False) else noise_mask
+
+
 def time_of(latent: Tensor, model) -> FrameMap:
     """The time of one clip, as a ModelPatcher sees it."""
     family = family_of(model)

@@ -183,8 +183,9 @@ class VideoDDSOptimize(io.ComfyNode):
 
         from ..host.distillation import MOTION, RELEVANCE, SPATIAL, TEMPORAL, Distillation, optimise
         from ..host.features import key_blocks
+        from ..host.latents import clip_mask
 
-        carried = latent.get("noise_mask")
+        carried = clip_mask(latent.get("noise_mask"))
         if mask is not None and carried is not None:
             raise ValueError(
                 "mask: the latent already carries a noise mask; connect the mask here or set it on the latent, not both"

@@ -1161,7 +1161,11 @@ def test_words_stand_behind_pictures_and_written_letters():
     ("base_model", "network", "message"),
     [
         ("WAN22_Animate", "AnimateWanModel", "is not a model to edit with: it draws a character from a reference"),
-        ("WAN22_Animate2", "AnimateWanModel", r"is not a supported model family \(the nearest is Wan( VACE)?\); expected one"),
+        (
+            "WAN22_Animate2",
+            "AnimateWanModel",
+            r"is not a supported model family \(the nearest is Wan( VACE)?\); expected one",
+        ),
         ("LTXAV2", "LTXAVModel", r"\(the nearest is LTX-2\)"),
         ("Lumina2", "NextDiT", "is not a supported model family; expected one of: UNet3D"),
     ],

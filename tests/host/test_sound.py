@@ -10,6 +10,7 @@ from spacetime_edit.core.regions import Region
 from spacetime_edit.host.attention_tap import AttentionTap
 from spacetime_edit.host.distillation import Distillation, optimise
 from spacetime_edit.host.inversion import invert
+from spacetime_edit.host.latents import clip_mask
 from spacetime_edit.host.model_pass import call_model
 from spacetime_edit.host.region_patch import RegionModulation, patch_regions
 from spacetime_edit.host.region_prompt import Layout, digests_of, with_layout
@@ -164,6 +165,13 @@ def test_sound_is_refused_where_a_clip_is_edited(model):
     trajectory = invert(model, positive, 0.3 * FAMILY.clip(), sigmas, refinements=0)
     with pytest.raises(ValueError, match=f"latent_image: {SOUND}"):
         sampled(model, positive, latent, TrajectorySampler(trajectory))
+
+
+def test_a_mask_that_is_also_of_the_sound_is_the_clips():
+    """As LTX-2's own nodes make one: the host takes the first, and so do we."""
+    clip, sound = torch.rand(1, 1, 3, 4, 4), torch.rand(1, 1, 6, 16)
+    assert clip_mask(comfy.nested_tensor.NestedTensor((clip, sound))) is clip
+    assert clip_mask(clip) is clip and clip_mask(None) is None
 
 
 def test_our_own_passes_see_the_clip_and_not_its_first_row(model):
