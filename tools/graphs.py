@@ -14,18 +14,20 @@ from server import PACK_NAME
 
 WIDTH = 300  # of a node, in pixels
 WIDTHS = {
-    **{"STE_LoadExampleClip": 360, "STE_PredictCost": 400, "STE_FitClipToModel": 360, "STE_LoadTrajectory": 360},
+    **{"STE_LoadExampleClip": 360, "STE_PredictCost": 520, "STE_FitClipToModel": 360, "STE_LoadTrajectory": 360},
     **{"SaveAnimatedWEBP": 480, "SaveVideo": 480, "PreviewImage": 480, "STE_PreviewRelevance": 360},
     **{"STE_PreviewRegions": 360, "STE_EncodeRegionalPrompt": 360, "STE_RegionsFromAttention": 360},
     **{"STE_PreviewTokenAttention": 480, "STE_VideoDDSOptimize": 360, "STE_VideoEditMetrics": 560},
-    **{"STE_CompareEdits": 480, "STE_OpticalFlow": 300, "STE_TrackPoints": 300},
+    **{"STE_CompareEdits": 480, "STE_OpticalFlow": 300, "STE_TrackPoints": 300, "STE_CheckModel": 560},
+    **{"PreviewAny": 480},
 }
 PREVIEWS = {  # height below the widgets
     **{"SaveImage": 300, "PreviewImage": 280, "SaveAnimatedWEBP": 280, "SaveVideo": 300, "LoadVideo": 200},
     **{"STE_PreviewRelevance": 300, "STE_PredictCost": 180, "STE_FitClipToModel": 80, "STE_SaveTrajectory": 60},
     **{"STE_PreviewRegions": 340, "STE_RegionsFromAttention": 340, "STE_PreviewTokenAttention": 300},
     **{"STE_VideoDDSOptimize": 280, "STE_VideoEditMetrics": 200},
-    **{"STE_CompareEdits": 240, "STE_OpticalFlow": 280, "STE_TrackPoints": 280},
+    **{"STE_CompareEdits": 240, "STE_OpticalFlow": 280, "STE_TrackPoints": 280, "STE_CheckModel": 480},
+    **{"PreviewAny": 400},
 }
 GAP = 40  # between nodes, and between groups
 TITLE = 30  # of a node, above its position; also of a group
