@@ -116,6 +116,7 @@ def _edit(model, positive: list, latent: Tensor, plan: Plan) -> Cost:
     sampling = model.get_model_object("model_sampling")
     sigmas = comfy.samplers.calculate_sigmas(sampling, plan.scheduler, plan.steps)
     times = [1 - noise_fraction(float(sigma), sampling.percent_to_sigma) for sigma in sigmas[:-1]]
+    times = [t for t in times if plan.part[0] <= t < plan.part[1]] or times
     matched_steps = sum(plan.start <= t <= plan.end for t in times) if plan.matching else 0
 
     probe = _probe(model, positive, latent, sigmas)
@@ -126,7 +127,8 @@ def _edit(model, positive: list, latent: Tensor, plan: Plan) -> Cost:
     held = _held(model, positive)
     at_work = [_peak(invert, model)]
     plain = partial(run, TrajectorySampler(probe), probe.sigmas, prompts=plan.prompts)
-    seconds = _seconds(plain, model) * max(1.0, plan.prompts / 2)  # of three prompts two are tried
+    seconds = _seconds(plain, model)
+    third = seconds * max(0.0, plan.prompts / 2 - 1)  # of three prompts two are tried
     at_work.append(_peak(plain, model))
     matched, gradient, last = seconds, 0, None
     if matched_steps:
@@ -137,8 +139,8 @@ def _edit(model, positive: list, latent: Tensor, plan: Plan) -> Cost:
     return Cost(
         plan=plan,
         frames=frame_count(latent),
-        inversion_seconds=len(times) * (1 + plan.refinements) * call,
-        edit_seconds=matched_steps * matched + (len(times) - matched_steps) * seconds,
+        inversion_seconds=len(times) * (1 + plan.refinements + plan.checked) * call,
+        edit_seconds=matched_steps * matched + (len(times) - matched_steps) * seconds + len(times) * third,
         steps=len(times),
         matched_steps=matched_steps,
         sampling=max(at_work),
@@ -160,26 +162,30 @@ def _distillation(model, positive: list, latent: Tensor, plan: Plan) -> Cost:
         optimise(model, positive, positive, positive, latent, settings, seed=0)
 
     run(1)  # warms up
-    held, began = _held(model, positive), perf_counter()
-    run(1)
-    once = perf_counter()
-    run(PROBE_STEPS)
-    step = max(0.0, (perf_counter() - once) - (once - began)) / (PROBE_STEPS - 1)
-    peak, foreseen = _peak(partial(run, 1), model), None
+    held, times = _held(model, positive), {}
+    for steps in (1, 3, 7):  # balance looks at each term by itself in the first five steps, then in every fourth
+        began = perf_counter()
+        run(steps)
+        times[steps] = perf_counter() - began
+    early = max(0.0, times[3] - times[1]) / 2
+    later = max(0.0, times[7] - times[3] - 2 * early) / 2
+    first = min(plan.steps, 5)
+    seconds = first * early + (plan.steps - first) * (0.25 * early + 0.75 * later)
+    peak, foreseen, low = _peak(partial(run, 1), model), None, plan.low_memory
     if terms:
-        low = peak if plan.low_memory else _peak(partial(run, 1, low_memory=True), model)
-        foreseen = GradientMemory(peak, low)
+        least = peak if low else _peak(partial(run, 1, low_memory=True), model)
+        foreseen, low = GradientMemory(peak, least), low or peak < 1.1 * least  # by itself, where memory is short
     return Cost(
         plan=plan,
         frames=frame_count(latent),
         inversion_seconds=0.0,
-        edit_seconds=plan.steps * step,
+        edit_seconds=seconds,
         steps=plan.steps,
         matched_steps=plan.steps if terms else 0,
         sampling=0 if terms else peak,
         gradient=peak if terms else 0,
         foreseen=foreseen,
-        checkpointing=plan.low_memory,
+        checkpointing=low,
         trajectory=0,
         free=_free(model),
         **held,
@@ -261,16 +267,19 @@ def fits_on(card: int, cost: Cost) -> str:
     usable, streamed = card * 2**30 - RESERVED, STREAMED * cost.weights
     plain, low = cost.working(False), cost.working(True)
     streaming = "weights that ComfyUI streams from main memory (slower)"
-    choices = {
-        "fits": cost.weights + plain,
-        "fits with memory low": cost.weights + low,
-        f"fits with {streaming}": streamed + plain,
-        f"fits with memory low and {streaming}": streamed + low,
-    }
+    choices = {"fits": cost.weights + plain, f"fits with {streaming}": streamed + plain}
+    if cost.foreseen is not None:
+        choices = {
+            "fits": cost.weights + plain,
+            "fits with memory low": cost.weights + low,
+            f"fits with {streaming}": streamed + plain,
+            f"fits with memory low and {streaming}": streamed + low,
+        }
     for said, needed in choices.items():
         if needed <= usable:
             return said
     frames = int(cost.frames * max(0.0, usable - streamed) / max(low, 1))
     if frames >= 2:
-        return f"fits with memory low and at most {frames} of the {cost.frames} latent frames, or a smaller picture"
+        lower = "memory low and " if cost.foreseen is not None else ""
+        return f"fits with {lower}at most {frames} of the {cost.frames} latent frames, or a smaller picture"
     return "does not fit; choose a smaller picture"

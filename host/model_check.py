@@ -3,6 +3,8 @@
 Nothing of a prompt, of a clip, or of a file is in the answer, so that it can be shown to others.
 """
 
+import logging
+import re
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -16,18 +18,20 @@ from torch import Tensor
 from ..core.regions import Region
 from ..core.trajectory import Trajectory
 from .attention_tap import AttentionTap
-from .block_matching import BlockMatch, BlockTrial
+from .block_matching import BlockMatch, BlockTrial, in_first_window
 from .families import IN_SPACE, family_of
 from .features import FeatureRecorder
 from .inversion import invert, reconstruct, reconstruction_db
 from .latents import check_clip_latent, frame_count
 from .layers import attention_layers
 from .model_facts import facts_of
-from .model_pass import HANDLER, as_source, call_model, check_handler, nearest_step
+from .model_pass import Window, as_source, call_model, check_handler, nearest_step
 from .region_patch import RegionModulation, has_regions, patch_regions
 from .region_prompt import LAYOUT, Layout, with_layout
 from .relevance_matching import lacks_for_relevance, str_score_of
 from .step_caches import without_caches
+
+log = logging.getLogger("spacetime_edit")
 
 Verdict = Literal["works", "look", "broken", "does not apply"]
 """look: it runs, but a person should look at the result."""
@@ -45,6 +49,10 @@ NEAR = 0.75, 1.33
 """Predicted memory over measured."""
 TOO_SMALL = 50e6
 """Bytes of a gradient below which tiles of fixed size decide, and nothing is to be judged."""
+
+
+WHAT_STOPS_AN_EDIT = (ValueError, RuntimeError, TypeError, AttributeError, LookupError, AssertionError)
+"""What this pack, the host and other packs raise; an interrupt is none of these."""
 
 
 class Finding(NamedTuple):
@@ -105,8 +113,9 @@ def check_model(
         management.throw_exception_if_processing_interrupted()
         try:
             verdict, text = part(check)
-        except (ValueError, RuntimeError) as error:  # what an edit would stop with
-            verdict, text = "broken", str(error)
+        except WHAT_STOPS_AN_EDIT as error:
+            log.warning("Check Model, %s: %s", name, error, exc_info=True)
+            verdict, text = "broken", public_text(error, positive)
         check.findings.append(Finding(name, verdict, text))
         if verdict == "broken" and name in ("numbers", "inversion"):  # all that follows needs them
             break
@@ -133,10 +142,6 @@ class _Trial:
 
     def __init__(self, model, positive: list, latent: Tensor):
         self._model, self._positive, self._latent = without_caches(model)[0], positive, latent
-        if (handler := model.model_options.get(HANDLER)) is not None:  # one of its windows alone
-            self._model = self._model.clone()
-            self._model.model_options.pop(HANDLER)
-            self._latent = latent.narrow(latent.ndim // 5 * 2, 0, min(frame_count(latent), handler.context_length))
         self._trajectory: Trajectory | None = None
         self._memory: tuple[int, int] | None = None  # bytes of a gradient, predicted and measured
 
@@ -207,7 +212,10 @@ class _Trial:
     def matching(self, check: ModelCheck) -> tuple[Verdict, str]:
         if lacking := lacks_for_relevance(self._model):
             return "does not apply", f"STR-Match needs what the model has not: {lacking}."
-        trial = BlockTrial(self._model, self._at(MIDDLE), self._score_blocks())
+        blocks = self._score_blocks()
+        if not blocks:
+            return "broken", "No block has an STR score: another node replaces the attention of all; remove it."
+        trial = BlockTrial(self._model, self._at(MIDDLE), blocks)
         self._inside(trial, MIDDLE)
         self._memory = trial.memory
         check.blocks, check.strength = trial.blocks, trial.strength
@@ -244,47 +252,85 @@ class _Trial:
         """A pass on the source, of which a recorder hears."""
         tap = AttentionTap(self._model, [recorder], **options)
 
-        def look(guider, sigma, model_options):
-            x, cond = self._at(MIDDLE).to(sigma), guider.conds["positive"][0]
-            call_model(guider.inner_model, [cond], x, sigma, model_options, tap=tap, needs=frozenset(IN_SPACE))
+        def look(guider, sigma, options):
+            whole = self._at(MIDDLE).to(sigma)
+
+            def at(window: Window) -> None:
+                x, given = window.of(whole), window.options(options)
+                cond = window.leading_cond("positive", sigma, x)
+                call_model(guider.inner_model, [cond], x, sigma, given, tap=tap, needs=frozenset(IN_SPACE))
+
+            in_first_window(guider, sigma, options, whole, at)
 
         self._inside(look, MIDDLE)
         return tap
 
     def regions(self, check: ModelCheck) -> tuple[Verdict, str]:
-        words = self._positive[0][0].shape[1]
+        kinds = {layer.kind for layer in attention_layers(self._model).values()}
+        if "joint" in kinds and family_of(self._model).patched is None:
+            return "does not apply", "One attention reads prompt and frame together, in which regions do not act."
         height, width = self._latent.shape[-2:]
         box = torch.zeros(1, height, width)
         box[:, height // 4 : height - height // 4, width // 4 : width - width // 4] = 1
-        kinds = {layer.kind for layer in attention_layers(self._model).values()}
-        places = tuple(range(words)) if kinds & {"cross", "joint"} else ()
-        layout = Layout("the prompt", (Region("", box),), (places,), words)
-        modulation = RegionModulation(self_strength=1.0, cross_strength=1.0 if places else 0.0, end=1.0)
+        of_words = bool(kinds & {"cross", "joint"})
+        modulation = RegionModulation(self_strength=1.0, cross_strength=1.0 if of_words else 0.0, end=1.0)
 
         def predict(guider, sigma, options):
             x = self._at(EARLY).to(sigma)
             return guider(x, sigma * x.new_ones(x.shape[0]), model_options=options, seed=0)
 
-        patched = self._model if has_regions(self._model) else patch_regions(self._model, modulation)
-        bare = [[embedding, {k: v for k, v in about.items() if k != LAYOUT}] for embedding, about in self._positive]
-        plain = self._inside(predict, EARLY, self._model, bare)
-        changed = self._inside(predict, EARLY, patched, with_layout(self._positive, layout))
+        own_patch = has_regions(self._model)
+        patched = self._model if own_patch else patch_regions(self._model, modulation)
+        plain = self._inside(predict, EARLY, self._model, _bare(self._positive))
+        changed = self._inside(predict, EARLY, patched, _with_box(self._positive, box, of_words))
         change = (changed - plain).float().square()
         inside = box[0].to(change).bool().expand(change.shape)
         own, other = (float(change[where].mean().sqrt()) for where in (inside, ~inside))
         size = float(plain.float().square().mean().sqrt())
         check.facts["regions move inside"], check.facts["outside"] = own / size, other / size
         text = f"A region moves the prediction by {own / size:.2%} inside it and by {other / size:.2%} outside."
+        if own <= LEAST_CHANGE * size and own_patch:
+            return "look", f"{text} The patch on this model does nothing early in denoising: see its start and end."
         if own <= LEAST_CHANGE * size:
             return "broken", f"{text} Another node replaces the attention in which regions act; remove it."
         return ("works", text) if own > other else ("look", f"{text} Raise cross_strength, or use a mask as well.")
 
     def memory(self, check: ModelCheck) -> tuple[Verdict, str]:
         if self._memory is None:
-            return "does not apply", "No gradient was taken."
+            return "does not apply", "No gradient was measured: there was none, or its first try ran out of memory."
         predicted, measured = self._memory
         check.facts["gradient GB"] = {"predicted": predicted / 1e9, "measured": measured / 1e9}
         text = f"A gradient took {measured / 1e9:.3g} GB; {predicted / 1e9:.3g} GB were predicted."
         if max(predicted, measured) < TOO_SMALL or NEAR[0] <= predicted / measured <= NEAR[1]:
             return "works", text
         return "look", f"{text} Predict Cost and memory auto are that far off on this model: please report it."
+
+
+def _bare(conditioning: list) -> list:
+    """A CONDITIONING without regions."""
+    return [[embedding, {k: v for k, v in about.items() if k != LAYOUT}] for embedding, about in conditioning]
+
+
+def _with_box(conditioning: list, box: Tensor, of_words: bool) -> list:
+    """One region for all words of each entry, but its padding."""
+    made, regions = [], (Region("", box),)
+    for embedding, about in conditioning:
+        mask = about.get("attention_mask")
+        places = range(embedding.shape[1]) if mask is None else mask[0].nonzero().flatten().tolist()
+        layout = Layout("the prompt", regions, (tuple(places) if of_words else (),), embedding.shape[1])
+        made += with_layout([[embedding, about]], layout)
+    return made
+
+
+def public_text(error: Exception, conditioning: list) -> str:
+    """What an error says, as far as this pack has written it, without prompts, phrases and paths."""
+    frames, last = error.__traceback__, None
+    while frames is not None:
+        last, frames = frames.tb_frame.f_globals.get("__name__", ""), frames.tb_next
+    if not str(last).startswith(__name__.split(".")[0]):
+        return f"{type(error).__name__} in the model or in another pack; the console says more."
+    layouts = [about[LAYOUT] for _, about in conditioning if about.get(LAYOUT)]
+    text = str(error)
+    for private in [each for own in layouts for each in (own.prompt, *(region.phrase for region in own.regions))]:
+        text = text.replace(repr(private), "(text)").replace(private, "(text)") if private.strip() else text
+    return re.sub(r"(?:[A-Za-z]:)?(?:[\\/][^\s'\"/\\]+){2,}", "(path)", text)

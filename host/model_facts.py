@@ -22,7 +22,10 @@ def facts_of(model, latent: Tensor) -> dict[str, object]:
     device, inner = model.load_device, options.get("transformer_options", {})
     layers = attention_layers(model).values()
     others = sorted({str(key) for own in _wrappers(model).values() for key in own if "spacetime" not in str(key)})
-    weights = {str(weight.dtype).removeprefix("torch.") for weight in base.diffusion_model.parameters()}
+    weights = {
+        getattr(weight, "_layout_cls", None) or str(weight.dtype).removeprefix("torch.")
+        for weight in base.diffusion_model.parameters()
+    }
     return {
         "family": family_of(model).name,
         "classes": [type(base).__name__, type(base.diffusion_model).__name__],

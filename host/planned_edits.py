@@ -12,24 +12,28 @@ from typing import Literal
 Graph = Mapping[str, Mapping]
 Method = Literal["prompt swap", "STR-Match", "DreamMotion"]
 
-INVERT, CAPTURE, OPTIMIZER, SAMPLE, DDS, RUN = (
+INVERT, CAPTURE, OPTIMIZER, SWEEP, SAMPLE, DDS, RUN = (
     "STE_InvertVideo",
     "STE_CaptureSTRScore",
     "STE_STRLatentOptimizer",
+    "STE_SweepLambda",
     "STE_SampleFromTrajectory",
     "STE_VideoDDSOptimize",
     "SamplerCustomAdvanced",
 )
 
-READ = (INVERT, CAPTURE, OPTIMIZER, SAMPLE, DDS, RUN)
+READ = (INVERT, CAPTURE, OPTIMIZER, SWEEP, SAMPLE, DDS, RUN)
+TERMS = {"s_ssm": 0.3, "t_ssm": 0.1, "relevance": 0.0, "frame_difference": 0.0}
+"""Terms of Video DDS Optimize with their defaults."""
 
 
 @dataclass(frozen=True)
 class Plan:
     """One edit. prompts: with which the guider calls the model in a step, 2 with CFG.
 
-    layers, radius, strength, iterations, start, end, low_memory: of the STR nodes; layers, terms (weights by name),
-    low_memory: of Video DDS Optimize. The rest as in Invert Video.
+    inversion: id of its Invert Video; part: of the denoising that this model has, in progress from 0 to 1; checked:
+    whether the inversion samples the clip back. layers, radius, strength, iterations, start, end, low_memory: of the
+    STR nodes; layers, terms (weights by name), low_memory: of Video DDS Optimize. The rest as in Invert Video.
     """
 
     method: Method = "STR-Match"
@@ -44,6 +48,9 @@ class Plan:
     start: float = 0.0
     end: float = 0.75
     low_memory: bool = False
+    inversion: str = ""
+    part: tuple[float, float] = (0.0, 1.0)
+    checked: bool = False
     terms: tuple[tuple[str, float], ...] = ()
 
     @property
@@ -52,12 +59,11 @@ class Plan:
 
 
 def edits_in(graph: Graph, node: str) -> list[Plan]:
-    """The edits whose clip is the latent that `node` gets, in the order of the graph; each once."""
+    """The edits whose clip is the latent that `node` gets, in the order of the graph; as often as each runs."""
     latent = graph.get(node, {}).get("inputs", {}).get("latent")
     if not isinstance(latent, list):
         return []
-    found = [*_of_inversions(graph, latent), *_of_distillations(graph, latent)]
-    return list(dict.fromkeys(found))
+    return [*_of_inversions(graph, latent), *_of_distillations(graph, latent)]
 
 
 def digest_of_running() -> str:
@@ -99,37 +105,62 @@ def _of_inversions(graph: Graph, latent: list) -> Iterator[Plan]:
     for key, node in graph.items():
         if node["class_type"] != INVERT or node["inputs"].get("latent") != latent:
             continue
-        inversion = _values(node["inputs"], steps="steps", scheduler="scheduler", refinements="refinements")
+        names = dict(steps="steps", scheduler="scheduler", refinements="refinements", checked="check_reconstruction")
+        inversion = _values(node["inputs"], **names) | {"inversion": key, "part": _part(graph, node["inputs"])}
         for sampler, _ in _behind(graph, SAMPLE, "trajectory", key):
-            yield Plan("prompt swap", **inversion, **_guidance(graph, sampler))
+            for guidance in _guidances(graph, sampler):
+                yield Plan("prompt swap", **inversion, **guidance)
         for score, own in _behind(graph, CAPTURE, "trajectory", key):
             form = _values(own, layers="layers", radius="radius")
             for sampler, inputs in _behind(graph, OPTIMIZER, "score", score):
                 names = dict(strength="strength", iterations="iterations", start="start_percent", end="end_percent")
                 matching = _values(inputs, **names) | {"low_memory": inputs.get("memory") == "low"}
-                yield Plan("STR-Match", **inversion, **form, **matching, **_guidance(graph, sampler))
+                for source, strength in _lambdas(graph, sampler):
+                    for guidance in _guidances(graph, source):
+                        yield Plan("STR-Match", **inversion, **form, **matching | strength, **guidance)
 
 
 def _of_distillations(graph: Graph, latent: list) -> Iterator[Plan]:
     for node in graph.values():
         inputs = node["inputs"]
         if node["class_type"] == DDS and inputs.get("latent") == latent:
-            names = ("s_ssm", "t_ssm", "relevance", "frame_difference")
-            terms = tuple((name, float(inputs[name])) for name in names if isinstance(inputs.get(name), (int, float)))
+            terms = tuple((TERMS | _values(inputs, **{name: name for name in TERMS})).items())
             own = _values(inputs, steps="steps", layers="layers") | {"low_memory": inputs.get("memory") == "low"}
             yield Plan("DreamMotion", terms=terms, **own)
 
 
-def _guidance(graph: Graph, sampler: str) -> dict[str, int]:
-    """With how many prompts the guider beside a sampler calls the model; of a sweep or an unknown guider: as a rule."""
+def _part(graph: Graph, inputs: Mapping) -> tuple[float, float]:
+    """Of a pair of models, what one inverts: the first from the clip to to_percent, the other on from there."""
+    end = inputs.get("to_percent", 0.0)
+    before = inputs.get("trajectory")
+    first = graph.get(str(before[0]), {}).get("inputs", {}) if isinstance(before, list) else {}
+    reached = first.get("to_percent", 1.0)
+    return tuple(0.0 + v if isinstance(v, (int, float)) else d for v, d in ((end, 0.0), (reached, 1.0)))
+
+
+def _lambdas(graph: Graph, sampler: str) -> Iterator[tuple[str, dict[str, float]]]:
+    """Whose sampler runs, with which lambda: a node's own, or those of a sweep behind it."""
+    sweeps = list(_behind(graph, SWEEP, "sampler", sampler))
+    for key, inputs in sweeps:
+        for value in str(inputs.get("lambdas", "")).split(","):
+            yield key, {"strength": float(value)} if value.strip().replace(".", "", 1).isdigit() else {}
+    if not sweeps:
+        yield sampler, {}
+
+
+def _guidances(graph: Graph, sampler: str) -> list[dict[str, int]]:
+    """With how many prompts the guider calls the model, for each run of a sampler; as a rule where that is unknown."""
+    found = []
     for _, inputs in _behind(graph, RUN, "sampler", sampler):
         guider = graph.get(str(inputs["guider"][0])) if isinstance(inputs.get("guider"), list) else None
-        if guider is None:
-            continue
-        of_prompts = [name for name in ("positive", "cond1", "cond2", "negative") if name in guider["inputs"]]
-        cfg = guider["inputs"].get("cfg")
-        return {"prompts": 1 if cfg == 1 else max(1, len(of_prompts))}
-    return {}
+        given = {} if guider is None else guider["inputs"]
+        of_prompts = [name for name in PROMPTS if name in given]
+        found.append({"prompts": 1 if given.get("cfg") == 1 else len(of_prompts)} if of_prompts else {})
+    return found or [{}]
+
+
+PROMPTS = ("positive", "conditioning", "cond1", "cond2", "negative", "empty_conditioning")
+"""Inputs of the host's guiders that are prompts."""
 
 
 def _values(inputs: Mapping, **names: str) -> dict:

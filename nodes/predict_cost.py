@@ -1,5 +1,8 @@
 """Predict Cost: minutes and memory of the edits of a graph, before they run."""
 
+from collections import Counter
+from collections.abc import Mapping
+
 from comfy_api.latest import io, ui
 
 from .types import show_on_node
@@ -50,11 +53,12 @@ class PredictCost(io.ComfyNode):
         from ..host.planned_edits import Plan, edits_in
 
         graph, node = (None, None) if cls.hidden is None else (cls.hidden.prompt, cls.hidden.unique_id)
-        plans = edits_in(graph or {}, str(node))
-        costs = predict_costs(model, positive, latent["samples"], plans or [Plan()])
-        text = report(costs, found=bool(plans))
+        plans = Counter(edits_in(graph or {}, str(node)))
+        costs = predict_costs(model, positive, latent["samples"], list(plans) or [Plan()])
+        text = report(costs, plans)
         show_on_node(cls, text)
-        seconds = max(cost.inversion_seconds for cost in costs) + sum(cost.edit_seconds for cost in costs)
+        inversions = {cost.plan.inversion: cost.inversion_seconds for cost in costs}
+        seconds = sum(inversions.values()) + sum(plans.get(c.plan, 1) * c.edit_seconds for c in costs)
         memory = max(cost.memory for cost in costs)
         return io.NodeOutput(text, seconds / 60, memory / 1e9, ui=ui.PreviewText(text))
 
@@ -65,31 +69,33 @@ UNKNOWN = (
 )
 
 
-def report(costs, found: bool = True) -> str:
-    """A list of `host.cost.Cost` in plain words."""
-    head = [] if found else [UNKNOWN]
-    return "\n\n".join([*head, *map(_of_edit, costs)])
+def report(costs, plans: Mapping) -> str:
+    """A list of `host.cost.Cost` in plain words; plans: how often each edit runs."""
+    head = [] if plans else [UNKNOWN]
+    return "\n\n".join([*head, *(_of_edit(cost, plans.get(cost.plan, 1)) for cost in costs)])
 
 
-def _of_edit(cost) -> str:
+def _of_edit(cost, times: int) -> str:
     from ..host.cost import CARDS, fits_on
 
-    plan = cost.plan
+    plan, often = cost.plan, f" (of {times} such edits each)" if times > 1 else ""
     matched = f", {cost.matched_steps} of them with a gradient" if cost.matched_steps else ""
     inversion = f"inversion {duration(cost.inversion_seconds)}, edit " if cost.inversion_seconds else ""
     layers = f", layers {plan.layers}" if plan.layers.strip() else ""
     lines = [
-        f"{plan.method}: {duration(cost.seconds)} in all: {inversion}{duration(cost.edit_seconds)} ({cost.steps} "
-        f"steps{matched}{layers}).",
+        f"{plan.method}{often}: {duration(cost.seconds)} in all: {inversion}{duration(cost.edit_seconds)} "
+        f"({cost.steps} steps{matched}{layers}).",
         f"{size(cost.memory)} of memory at the peak, {size(cost.free)} are free: {size(cost.held)} are held before it, "
         f"{size(cost.weights)} of them weights; a step takes {size(max(cost.sampling, cost.gradient))} more.",
     ]
     if cost.foreseen:
         chosen = "Memory is short, so it will keep no activations." if cost.checkpointing else "There is room for it."
+        chosen = "memory low is chosen." if plan.low_memory else chosen
         small, large = size(cost.working(True)), size(cost.working(False))
         lines.append(f"A step with a gradient takes {large}, or {small} with memory low (slower). {chosen}")
     if cost.trajectory:
         lines.append(f"The trajectory takes {size(cost.trajectory)} of main memory.")
+    lines.append(f"With {size(cost.weights)} of weights, as they are loaded here:")
     return "\n".join([*lines, *(f"{card} GB card: {fits_on(card, cost)}." for card in CARDS)])
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import difflib
 import json
+import shutil
 import sys
 import time
 import uuid
@@ -122,6 +123,20 @@ def set_inputs(graph: Graph, settings: list[str]) -> None:
                 there = ", ".join(_both(k, shown) for k, shown in names.items())
                 raise GraphError(f"--set {setting}: {graph[node]['class_type']} has {there}")
             graph[node]["inputs"][chosen] = value
+
+
+LOADERS = {"LoadVideo": "file", "LoadImage": "image", "LoadImageMask": "image", "LoadAudio": "audio"}
+"""The host's nodes that read a file of the input folder, and the input that names it."""
+
+
+def bring_files(graph: Graph, server: LiveServer) -> None:
+    """Copies files of this machine that loaders of a graph name into the server's input folder."""
+    for node in graph.values():
+        name = LOADERS.get(node["class_type"])
+        value = node["inputs"].get(name)
+        if isinstance(value, str) and value and (path := Path(value).expanduser()).is_file():
+            shutil.copy2(path, server.folder / "input" / path.name)
+            node["inputs"][name] = path.name
 
 
 def run_shown(server: LiveServer, graph: Graph, show: Callable[[str], None]) -> dict[str, Any]:

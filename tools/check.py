@@ -21,12 +21,21 @@ from pack import host_path, load_pack
 
 load_pack(host=False)
 
-from spacetime_edit.tools.api_graphs import Graph, GraphError, Shown, read_graph, run_shown, set_inputs, wanted_models
+from spacetime_edit.tools.api_graphs import (
+    Graph,
+    GraphError,
+    Shown,
+    bring_files,
+    read_graph,
+    run_shown,
+    set_inputs,
+    wanted_models,
+)
 from spacetime_edit.tools.server import ExecutionFailed, LiveServer, PromptRejected
 
 DEFAULT = "Check your model (tiny)"
 TAKES = {
-    "STE_CheckModel": {"model": "model", "positive": "positive", "latent": "latent"},
+    "STE_CheckModel": {"model": "model", "positive": "positive", "latent": "latent", "vae": "vae"},
     "STE_InvertVideo": {"model": "model", "positive": "positive", "latent": "latent"},
     "STE_VideoDDSOptimize": {"model": "model", "positive": "source_positive", "latent": "latent"},
 }
@@ -62,8 +71,10 @@ def main() -> int:
     try:
         graph = read_graph(arguments.workflow)
         set_inputs(graph, arguments.set)
+        graph = check_of(graph)
         with LiveServer(host_path()) as server:
-            outputs = run_shown(server, check_of(graph), Shown())["outputs"]
+            bring_files(graph, server)
+            outputs = run_shown(server, graph, Shown())["outputs"]
     except (GraphError, PromptRejected) as problem:
         print(f"check: {problem}", file=sys.stderr)
         if isinstance(problem, PromptRejected) and (wanted := wanted_models(arguments.workflow)):

@@ -3,6 +3,7 @@
     python dev.py run WORKFLOW [--set node.input=value ...] [--out FOLDER]
     python dev.py run WORKFLOW --list      # its nodes, and what can be set
 
+A clip, picture or mask on this machine may be set as the file of its loader: it is copied to the server's input folder.
 WORKFLOW: a file that the editor's File > Export (API) wrote, or the name of a template. node: an id, a class such as
 STE_InvertVideo, a title or the name in the editor; input: its id or its name in the editor. Exit status: 0 done, 1 a
 node failed, 2 the graph or a setting is wrong.
@@ -25,6 +26,7 @@ load_pack(host=False)
 from spacetime_edit.tools.api_graphs import (
     GraphError,
     Shown,
+    bring_files,
     listed,
     read_graph,
     run_shown,
@@ -48,6 +50,7 @@ def main() -> int:
             print(listed(graph))
             return 0
         with LiveServer(host_path()) as server:
+            bring_files(graph, server)
             entry = run_shown(server, graph, Shown())
             files = [file for file in server.output_files(entry) if file.parent.name != "temp"]
             for file in files:

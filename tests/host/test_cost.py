@@ -42,15 +42,41 @@ def plans_of(stem):
 
 def test_edits_of_templates_are_read_as_they_are():
     (wan,) = plans_of("Swap an object - STR-Match (Wan)")
-    assert wan == Plan("STR-Match", steps=50, prompts=2, iterations=wan.iterations, end=wan.end) and wan.matching
+    assert wan == Plan(steps=50, prompts=2, iterations=wan.iterations, end=wan.end, inversion=wan.inversion)
+    assert wan.matching and wan.inversion
     (hunyuan,) = plans_of("Swap an object - STR-Match (HunyuanVideo)")
     assert hunyuan.prompts == 1  # cfg 1
     swap, match = plans_of("Compare edits - prompt swap and STR-Match (tiny)")
     assert (swap.method, match.method) == ("prompt swap", "STR-Match") and swap.steps == match.steps == 20
     (dream,) = plans_of("Restyle a clip - DreamMotion (Zeroscope)")
     assert dream.method == "DreamMotion" and dict(dream.terms)["s_ssm"] > 0
-    (swept,) = plans_of("Compare lambdas - STR-Match (tiny)")
-    assert swept.method == "STR-Match"
+    swept = plans_of("Compare lambdas - STR-Match (tiny)")
+    assert [plan.strength for plan in swept] == [0, 0.25, 0.5, 1] and not swept[0].matching
+    high, low = sorted(plans_of("Swap an object - STR-Match (Wan 2.2)"), key=lambda plan: plan.part)
+    assert high.part == (0.0, low.part[0]) and low.part[1] == 1 and 0.4 < low.part[0] < 0.6
+    assert high.inversion != low.inversion
+
+
+def test_an_edit_that_runs_twice_counts_twice():
+    """Two samplers of one setting, as for two prompts."""
+    graph, own = with_prediction(read(api_path(BY_STEM["Swap an object - STR-Match (tiny)"])))
+    again = {f"x{key}": node for key, node in graph.items() if node["class_type"] == "SamplerCustomAdvanced"}
+    first, second = edits_in(graph | again, own)
+    assert first == second
+
+
+def test_terms_that_come_by_a_link_are_the_nodes_own():
+    graph, own = with_prediction(read(api_path(BY_STEM["Restyle a clip - DreamMotion (Zeroscope)"])))
+    dds = next(node for node in graph.values() if node["class_type"] == "STE_VideoDDSOptimize")
+    dds["inputs"]["s_ssm"] = ["7", 0]
+    assert dict(edits_in(graph, own)[0].terms)["s_ssm"] == 0.3
+
+
+def test_a_part_of_the_denoising_costs_its_steps(tiny):
+    latent, plan = torch.randn(4, 4, 16, 16), Plan("prompt swap", steps=10, scheduler="simple")
+    plans = [replace(plan, part=part) for part in ((0.0, 1.0), (0.0, 0.5), (0.5, 1.0))]
+    whole, high, low = predict_costs(tiny.model, support.encode(tiny), latent, plans)
+    assert high.steps + low.steps == whole.steps == 10 and high.steps == 5
 
 
 def test_an_edit_of_another_latent_is_not_its():

@@ -1,9 +1,11 @@
 """Check Model: nothing broken on any family, and each kind of broken model named for what it is."""
 
+import contextlib
 import json
 import re
 
 import comfy.model_management as management
+import nodes
 import pytest
 import torch
 from comfy.context_windows import (
@@ -13,7 +15,7 @@ from comfy.context_windows import (
 )
 from comfy.patcher_extension import WrappersMP
 from spacetime_edit.core.regions import Region
-from spacetime_edit.host import block_matching, model_check
+from spacetime_edit.host import block_matching, gradient_pass, model_check
 from spacetime_edit.host.clip_fitting import example_for
 from spacetime_edit.host.families import family_of
 from spacetime_edit.host.model_check import check_model
@@ -183,6 +185,78 @@ def test_a_model_with_our_own_patch_and_a_regional_prompt_is_checked_as_it_is(fa
     layout = Layout("a", (Region("a", mask),), ((1,),), family.words)
     check = check_model(patched, with_layout(family.conditioning(), layout), 0.5 * family.clip())
     assert not check.broken, check.broken
+
+
+@families_named("Wan")
+def test_nothing_private_is_in_it(family, model):
+    """A changed regional prompt, whose refusal shows the prompt, and an error of another pack with a path."""
+    layout = Layout(
+        "a secret cat", (Region("secret cat", torch.ones(1, 8, 8)),), ((1,),), family.words, digests=(b"",) * 7
+    )
+    patched = patch_regions(model, RegionModulation(end=1.0))
+    told = json.dumps(check_model(patched, with_layout(family.conditioning(), layout), 0.5 * family.clip()).as_dict())
+    assert "(text)" in told and "secret" not in told
+
+    def fails(executor, *args, **kwargs):
+        raise RuntimeError("cannot read /home/somebody/secret.txt")
+
+    told = json.dumps(checked(wrapped(model, fails), family).as_dict())
+    assert "RuntimeError in the model or in another pack" in told and "secret" not in told
+
+
+@families_named("Wan")
+def test_paths_are_left_out_of_our_own_errors(family):
+    def raised(text):
+        try:
+            check_model(None, [], text)
+        except Exception as error:  # noqa: BLE001
+            return error
+
+    error = raised(0)
+    error.args = (r"in C:\Users\somebody\x.pt and /home/somebody/x.pt by 3 / 4",)
+    assert model_check.public_text(error, []) == "in (path) and (path) by 3 / 4"
+
+
+@families_named("Mochi")
+def test_padding_is_no_word_of_the_region(family, model):
+    """Mochi cuts it off inside the model."""
+    ((embedding, about),) = family.conditioning()
+    about["attention_mask"][:, 5:] = 0
+    check = check_model(model, [[embedding, about]], 0.5 * family.clip())
+    assert verdicts(check)["regions"] in ("works", "look"), text_of(check, "regions")
+
+
+@families_named("UNet3D", "Wan")
+def test_prompts_that_take_turns_are_no_fault_of_the_model(family, model):
+    """The first is not active in the middle of the denoising."""
+    early = nodes.ConditioningSetTimestepRange().set_range(family.conditioning(), 0.0, 0.2)[0]
+    late = nodes.ConditioningSetTimestepRange().set_range(family.conditioning(1), 0.2, 1.0)[0]
+    check = check_model(model, early + late, 0.5 * family.clip())
+    assert not check.broken, check.broken
+
+
+@families_named("UNet3D", "Wan")
+def test_a_patch_that_does_nothing_early_is_told_as_that(family, model):
+    check = checked(patch_regions(model, RegionModulation(start=0.5, end=1.0)), family)
+    assert verdicts(check)["regions"] == "look" and "does nothing early" in text_of(check, "regions")
+
+
+@families_named("UNet3D")
+def test_a_first_try_that_runs_out_of_memory_is_not_measured(family, model, monkeypatch):
+    """What it took before it failed says nothing of what a gradient takes."""
+    failed, real = [], gradient_pass.prediction_with_graph
+
+    @contextlib.contextmanager
+    def short(*args, **kwargs):
+        if not failed:
+            failed.append(True)
+            raise torch.OutOfMemoryError("out of memory")
+        with real(*args, **kwargs) as made:
+            yield made
+
+    monkeypatch.setattr(gradient_pass, "prediction_with_graph", short)
+    check = checked(model, family)
+    assert verdicts(check)["memory"] == "does not apply" and verdicts(check)["matching"] in ("works", "look")
 
 
 @families_named("UNet3D", "Wan")
