@@ -42,6 +42,7 @@ def changed(name: str, **inputs: dict) -> dict:
     film = graph[parts]["inputs"]["video"][0]
     graph[film] = CLIP
     for node in graph.values():
+        node["inputs"] = {key: value for key, value in node["inputs"].items() if value != [parts, 1]}  # it has no sound
         for key, value in node["inputs"].items():
             if value == [parts, 0]:
                 node["inputs"][key] = [film, 0]
