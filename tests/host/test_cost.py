@@ -135,7 +135,9 @@ PLANS = {
 }
 
 
-@pytest.mark.parametrize("name", FAST)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.every_family if name == "UNet3D" else ()) for name in FAST]
+)
 @pytest.mark.parametrize("kind", PLANS)
 def test_memory_is_that_of_the_whole_edit(name, kind):
     """Within a quarter, of what lives at the peak beyond what was there before."""

@@ -177,7 +177,7 @@ def test_what_others_have_put_in_is_told_and_nothing_else(family, model):
     assert not any("/" in str(value) or "\\" in str(value) for value in facts.values())
 
 
-@families_named("UNet3D", "Wan")
+@families_named("Wan")
 def test_a_model_with_our_own_patch_and_a_regional_prompt_is_checked_as_it_is(family, model):
     """As they are in the graph of an edit."""
     patched = patch_regions(model, RegionModulation(end=1.0))
@@ -226,7 +226,7 @@ def test_padding_is_no_word_of_the_region(family, model):
     assert verdicts(check)["regions"] in ("works", "look"), text_of(check, "regions")
 
 
-@families_named("UNet3D", "Wan")
+@families_named("Wan")
 def test_prompts_that_take_turns_are_no_fault_of_the_model(family, model):
     """The first is not active in the middle of the denoising."""
     early = nodes.ConditioningSetTimestepRange().set_range(family.conditioning(), 0.0, 0.2)[0]
@@ -235,13 +235,13 @@ def test_prompts_that_take_turns_are_no_fault_of_the_model(family, model):
     assert not check.broken, check.broken
 
 
-@families_named("UNet3D", "Wan")
+@families_named("Wan")
 def test_a_patch_that_does_nothing_early_is_told_as_that(family, model):
     check = checked(patch_regions(model, RegionModulation(start=0.5, end=1.0)), family)
     assert verdicts(check)["regions"] == "look" and "does nothing early" in text_of(check, "regions")
 
 
-@families_named("UNet3D")
+@families_named("Wan")
 def test_a_first_try_that_runs_out_of_memory_is_not_measured(family, model, monkeypatch):
     """What it took before it failed says nothing of what a gradient takes."""
     failed, real = [], gradient_pass.prediction_with_graph
