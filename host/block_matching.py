@@ -1,7 +1,6 @@
 """Which blocks of a model carry the match of STR scores, and how far a move along their gradients goes."""
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -9,7 +8,6 @@ import comfy.model_management as management
 import torch
 from torch import Tensor
 
-from ..core.live_memory import PeakMemory
 from ..core.polyak_step import polyak_move
 from ..core.relevance import matching_loss
 from .attention_tap import AttentionTap
@@ -17,7 +15,7 @@ from .features import FeatureRecorder
 from .gradient_pass import GradientPass, ModelCall
 from .gradients import normal_tensor
 from .layers import attention_layers
-from .memory import SMALLER_TILES, loss_memory, small_tile
+from .memory import SMALLER_TILES, loss_memory, peak_bytes, small_tile
 from .model_pass import Window, by_window, call_model
 from .relevance_matching import LONGEST_MOVE, sees_all_frames
 
@@ -140,18 +138,6 @@ def in_first_window(guider, sigma: Tensor, options: dict, x: Tensor, look: Calla
             look(window)
 
     by_window(x, sigma, guider.inner_model, options, guider.conds, 0, once)
-
-
-@contextlib.contextmanager
-def peak_bytes(device: torch.device) -> Iterator[Callable[[], int]]:
-    """Within and afterwards: what says the most bytes that lived at once on a device beyond those before."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        yield lambda: torch.cuda.max_memory_allocated(device) - before
-    else:
-        with PeakMemory() as watched:
-            yield lambda: watched.peak
 
 
 def _mean(values: Mapping[str, float]) -> float:

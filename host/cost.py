@@ -14,13 +14,12 @@ from torch import Tensor
 
 from ..core.parametrization import add_noise, noise_fraction
 from ..core.trajectory import Trajectory
-from .block_matching import peak_bytes
 from .distillation import MOTION, RELEVANCE, SPATIAL, TEMPORAL, Distillation, optimise
 from .families import family_of, noise_space
 from .features import key_blocks
 from .inversion import InversionSampler
 from .latents import check_clip_latent, frame_count
-from .memory import GradientMemory
+from .memory import GradientMemory, peak_bytes
 from .model_pass import as_source
 from .planned_edits import Plan
 from .relevance_matching import MatchedStep, RelevanceMatching, check_window, str_score_of

@@ -36,17 +36,12 @@ def uncompiled() -> Iterator[None]:
     import comfy.cli_args
 
     switches, name = comfy.cli_args.args, "disable_comfy_compiler"
-    compiles = "torch._dynamo" in sys.modules  # else nothing is compiled, and the import would take seconds
-    with torch.compiler.set_stance("force_eager") if compiles else contextlib.nullcontext():
-        if not hasattr(switches, name):
-            yield
-            return
-        before = getattr(switches, name)
-        setattr(switches, name, True)
-        try:
-            yield
-        finally:
-            setattr(switches, name, before)
+    with contextlib.ExitStack() as off:
+        if "torch._dynamo" in sys.modules:  # else nothing is compiled, and the import would take seconds
+            off.enter_context(torch.compiler.set_stance("force_eager"))
+        if hasattr(switches, name):
+            off.enter_context(_set(switches, name, True))
+        yield
 
 
 @contextlib.contextmanager

@@ -1,13 +1,14 @@
-"""Memory of a gradient pass, predicted from one pass without gradient at the same size."""
+"""Memory of a gradient pass, predicted from one pass without gradient at the same size; and what code takes."""
 
 import contextlib
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ..core.live_memory import PeakMemory
 from ..core.relevance import AttentionFeatures, tile_elements, tile_rows
 from .families import Family
 
@@ -112,6 +113,18 @@ def loss_memory(features: Iterable[AttentionFeatures], smaller: int = 1) -> int:
         if f.temporal is None:
             logits = max(logits, min(most, heads * (frames * tokens) ** 2))
     return round(4 * (kept + LOSS_TILES * tile + LOGITS * logits))
+
+
+@contextlib.contextmanager
+def peak_bytes(device: torch.device) -> Iterator[Callable[[], int]]:
+    """Within and afterwards: what says the most bytes that lived at once on a device beyond those before."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        yield lambda: torch.cuda.max_memory_allocated(device) - before
+    else:
+        with PeakMemory() as watched:
+            yield lambda: watched.peak
 
 
 def _bytes(value) -> int:
